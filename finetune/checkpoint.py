@@ -1,0 +1,125 @@
+"""Save, verify, rotate, resume: a run's state on disk, whole or not there.
+
+A checkpoint is written under a temporary name, every file flushed, its manifest of digests last, then renamed and the
+parent flushed; older ones go only after that. Reading trusts nothing: digests are checked, and a damaged newest
+checkpoint falls back to the one before. Tensors are safetensors, the rest JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as tensors_from
+from safetensors.torch import save as tensors_to
+
+from finetune import manifest
+from finetune.errors import ModelError
+from finetune.runfolder import atomic_folder, json_bytes, remove, sync_folder, write_synced
+
+ADAPTER, CONFIG, OPTIMIZER, STATE = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state after ``step`` steps. ``moments`` are the optimizer's tensors by parameter; ``scaler`` is fp16's."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    moments: dict[str, torch.Tensor]
+    scaler: dict[str, Any] | None = None
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
+    """Write a checkpoint below ``folder`` and then remove all but the newest ``keep_last``.
+
+    Raises:
+        ModelError: an adapter weight is not finite; nothing is written, the checkpoint before stays.
+        EnvironmentFault: the disk refuses; the checkpoint before stays.
+    """
+    for name, value in checkpoint.weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"adapter tensor {name} is not finite after step {checkpoint.step}", str(folder))
+    target = folder / folder_name(checkpoint.step)
+    files = {
+        ADAPTER: tensors_to(checkpoint.weights, {"format": "pt"}),
+        CONFIG: json_bytes(checkpoint.config),
+        OPTIMIZER: tensors_to(checkpoint.moments),
+        STATE: json_bytes({"step": checkpoint.step, "scaler": checkpoint.scaler}),
+    }
+    write_folder(target, files)
+    for old in _newest_first(folder)[keep_last:]:
+        remove(old)
+    sync_folder(folder)
+    return target
+
+
+def write_folder(target: Path, files: dict[str, bytes]) -> None:
+    """A folder of files under a manifest, in place in one rename."""
+    with atomic_folder(target) as temporary:
+        for name, data in files.items():
+            write_synced(temporary / name, data)
+        manifest.write(temporary, {name: manifest.digest_bytes(data) for name, data in files.items()})
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None. A damaged one is named through ``say`` and passed over."""
+    for path in _newest_first(folder):
+        faults = manifest.faults(path)
+        if not faults:
+            return read(path)
+        say(f"checkpoint {path.name} is passed over: {faults[0]}")
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    state = json.loads((path / STATE).read_bytes())
+    return Checkpoint(
+        step=state["step"],
+        weights=tensors_from((path / ADAPTER).read_bytes()),
+        config=json.loads((path / CONFIG).read_bytes()),
+        moments=tensors_from((path / OPTIMIZER).read_bytes()),
+        scaler=state["scaler"],
+    )
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors named ``parameter|entry``."""
+    return {
+        f"{name}|{entry}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+        for name, parameter in parameters.items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put saved state back, each tensor on its parameter's device (step counters stay on the CPU, as AdamW keeps them).
+
+    Raises:
+        ModelError: the state belongs to other parameters.
+    """
+    owners = {key.rpartition("|")[0] for key in tensors}
+    if owners - set(parameters):
+        raise ModelError(f"the optimizer state has {sorted(owners - set(parameters))[0]}, the adapter has not", "checkpoint")
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][entry] = value if value.ndim == 0 else value.to(parameter.device)

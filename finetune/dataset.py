@@ -1,0 +1,250 @@
+"""Sources → examples: read rows, understand their format, render with the model's own template, mark the answers.
+
+What is trained is exactly what will be asked: the ids before an answer are the ids of the generation prompt, and the
+answer ends with the turn's stop token, which is supervised. Every row is kept whole or refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import conversation, formats
+from finetune.errors import DataError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.conversation import Conversation
+
+_MOST_FAULTS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training sample: token ids, which of them are supervised, and where it came from (``file:row``)."""
+
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A held-out row as it is asked: the prompt's ids, and the answer that is right."""
+
+    prompt: tuple[int, ...]
+    answer: str
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a source: its conversation and its place."""
+
+    conversation: Conversation
+    where: str
+
+
+def read_rows(path: Path, format_name: str = "auto", special_tokens: Sequence[str] = ()) -> list[Row]:
+    """Read a JSONL, JSON, CSV or Parquet file.
+
+    Args:
+        format_name: a file of ``formats/``, or ``auto`` to recognise it from the first row.
+        special_tokens: texts that a row's content must not contain (turn injection).
+
+    Raises:
+        DataError: every row that cannot be used, by number.
+    """
+    rows: list[Row] = []
+    faults: list[Fault] = []
+    reader = None
+    for number, record in _records(path, faults):
+        where = f"{path}:{number}"
+        try:
+            if reader is None:
+                reader = formats.get(formats.detect(record) if format_name == "auto" else format_name)
+            read = reader.read(record)
+            conversation.check(read, special_tokens)
+            rows.append(Row(conversation=read, where=where))
+        except conversation.RowFault as fault:
+            faults.append(Fault(f"{fault.column}: {fault.what}" if fault.column else fault.what, where, fault.fix))
+    if not rows and not faults:
+        faults.append(Fault("there are no rows in this file", str(path), "give a file with at least one row"))
+    if faults:
+        raise _capped(faults)
+    return rows
+
+
+def _capped(faults: list[Fault]) -> DataError:
+    shown = faults[:_MOST_FAULTS]
+    if len(faults) > _MOST_FAULTS:
+        shown.append(Fault(f"and {len(faults) - _MOST_FAULTS} more rows like these"))
+    error = DataError.of(shown)
+    assert isinstance(error, DataError)
+    return error
+
+
+def _records(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, record) of each readable row; unreadable ones are added to ``faults``."""
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".parquet"):
+        yield from enumerate(_table(path), 1)
+        return
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", str(path), "check the path") from None
+    except UnicodeDecodeError as error:
+        row = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"not UTF-8 ({error.reason})", f"{path}:{row}", "save the file as UTF-8") from None
+    if suffix == ".json" and text.lstrip().startswith("["):
+        lines: Iterator[tuple[int, Any]] = enumerate(_json(text, f"{path}:1", faults) or [], 1)
+    else:
+        numbered = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        lines = ((number, _json(line, f"{path}:{number}", faults)) for number, line in numbered)
+    for number, record in lines:
+        if isinstance(record, dict):
+            yield number, record
+        elif record is not None:
+            what = f"a row must be a JSON object, this one is {type(record).__name__}"
+            faults.append(Fault(what, f"{path}:{number}", 'write rows like {"messages": […]}'))
+
+
+def _json(text: str, where: str, faults: list[Fault]) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        faults.append(Fault(f"not valid JSON: {error}", where, "mend or remove the row"))
+        return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return record
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield from load_dataset(path.suffix[1:].lower(), data_files=str(path), split="train", streaming=True)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise DataError(f"cannot be read: {error.__cause__ or error}", str(path), "check the file") from None
+
+
+def split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, held out): a fixed share of the rows, drawn by the seed."""
+    import torch
+
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = set(order[: max(1, round(fraction * len(rows)))])
+    if len(held) == len(rows):
+        raise DataError(f"{len(rows)} rows leave nothing to train on", rows[0].where, "lower data.eval_fraction")
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+
+
+class Renderer:
+    """Turns conversations into ids with one tokenizer and its own chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token: str) -> None:
+        self.tokenizer = tokenizer
+        self.stop_token = stop_token
+
+    def text(self, turns: Conversation, *, prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert isinstance(rendered, str)
+        return rendered
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def prompt(self, turns: Conversation) -> tuple[int, ...]:
+        """Ids of the generation prompt: what the model sees before it answers."""
+        return self.encode(self.text(turns, prompt=True))
+
+    def question(self, row: Row) -> Question:
+        """The row's last answer, asked."""
+        last = max(i for i, turn in enumerate(row.conversation) if turn.role == "assistant")
+        turns = row.conversation[:last]
+        return Question(prompt=self.prompt(turns), answer=row.conversation[last].content, where=row.where)
+
+    def examples(self, row: Row) -> list[Example]:
+        """The row as training samples: one, with every trained answer supervised.
+
+        Where the template rewrites earlier turns once a later one follows (Qwen3 drops earlier thinking), no single
+        text contains every prompt; the row then gives one sample per answer, each with the prompt it will really have.
+        """
+        answers = [i for i, turn in enumerate(row.conversation) if turn.role == "assistant" and turn.train]
+        pieces = [self._answer(row, index) for index in answers]
+        whole = self._joined(row, pieces)
+        if whole is not None:
+            return [whole]
+        return [
+            Example(ids=prompt + answer, supervised=(False,) * len(prompt) + (True,) * len(answer), where=row.where)
+            for _, prompt, answer in pieces
+        ]
+
+    def _answer(self, row: Row, index: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """(prompt's text, prompt's ids, answer's ids up to and with the stop token) of the turn at ``index``."""
+        prompt = self.text(row.conversation[:index], prompt=True)
+        full = self.text(row.conversation[: index + 1], prompt=False)
+        if not full.startswith(prompt):
+            raise DataError(
+                "the chat template renders this answer differently from its own generation prompt",
+                row.where,
+                "this template cannot be trained on such a row; remove it",
+            )
+        answer, stop, _ = full[len(prompt) :].partition(self.stop_token)
+        if not stop:
+            what = f"the template ends the answer without {self.stop_token}: the model would never learn to stop"
+            raise DataError(what, row.where, "use a chat template that closes each turn")
+        return prompt, self.encode(prompt), self.encode(answer + stop)
+
+    def _joined(self, row: Row, pieces: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> Example | None:
+        """All answers in one sample, if each later prompt continues, id by id, what came before it."""
+        ids: tuple[int, ...] = ()
+        supervised: tuple[bool, ...] = ()
+        for _, prompt, answer in pieces:
+            if prompt[: len(ids)] != ids:
+                return None
+            between = prompt[len(ids) :]
+            ids += between + answer
+            supervised += (False,) * len(between) + (True,) * len(answer)
+        return Example(ids=ids, supervised=supervised, where=row.where)
+
+
+def render(rows: Sequence[Row], renderer: Renderer, max_length: int) -> list[Example]:
+    """All rows as examples.
+
+    Raises:
+        DataError: rows longer than ``max_length`` (nothing is ever cut silently) or without a supervised token.
+    """
+    examples: list[Example] = []
+    faults: list[Fault] = []
+    for row in rows:
+        try:
+            made = renderer.examples(row)
+        except DataError as error:
+            faults += error.faults
+            continue
+        for example in made:
+            if len(example.ids) > max_length:
+                what = f"{len(example.ids)} tokens, more than train.max_length {max_length}"
+                faults.append(Fault(what, row.where, "raise train.max_length or shorten the row"))
+        examples += made
+    if faults:
+        raise _capped(faults)
+    return examples

@@ -1,0 +1,97 @@
+"""The tensors of a Qwen- or Llama-style decoder, by arithmetic on its config: no weights and no torch needed.
+
+``plan`` uses it to check a folder, to list what an adapter will touch and to predict memory; a family's file says
+which of the optional parts (query/key/value bias, query/key norm) its layers have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """The numbers of a decoder that decide its tensors and its cost."""
+
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    max_positions: int
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DecoderShape:
+        """Read the numbers of a ``config.json``. Raises KeyError for one that is missing."""
+        family = config["model_type"]
+        heads = config["num_attention_heads"]
+        return cls(
+            family=family,
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            max_positions=config["max_position_embeddings"],
+            qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
+            qk_norm=family == "qwen3",
+        )
+
+    def linear(self, kind: str) -> tuple[int, int]:
+        """(out, in) features of one of the seven linears of a layer."""
+        query, key_value = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (query, self.hidden),
+            "k_proj": (key_value, self.hidden),
+            "v_proj": (key_value, self.hidden),
+            "o_proj": (self.hidden, query),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }[kind]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor name of the checkpoint with its shape; a tied head has none of its own."""
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for layer in range(self.layers):
+            found |= {f"model.layers.{layer}.{name}": shape for name, shape in self._layer().items()}
+        found["model.norm.weight"] = (self.hidden,)
+        if not self.tied:
+            found["lm_head.weight"] = (self.vocab, self.hidden)
+        return found
+
+    def _layer(self) -> dict[str, tuple[int, ...]]:
+        tensors: dict[str, tuple[int, ...]] = {}
+        for kind in LINEARS:
+            block = "mlp" if kind in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            tensors[f"{block}.{kind}.weight"] = self.linear(kind)
+            if self.qkv_bias and kind in ("q_proj", "k_proj", "v_proj"):
+                tensors[f"{block}.{kind}.bias"] = self.linear(kind)[:1]
+        if self.qk_norm:
+            tensors |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+        return tensors | {"input_layernorm.weight": (self.hidden,), "post_attention_layernorm.weight": (self.hidden,)}
+
+    def linear_parameters(self) -> int:
+        """Parameters in the seven linears of all layers: what is quantised, and what a token's FLOPs run over."""
+        return self.layers * sum(out * inside for out, inside in map(self.linear, LINEARS))
+
+    def parameters(self) -> int:
+        total = 0
+        for shape in self.tensors().values():
+            size = 1
+            for side in shape:
+                size *= side
+            total += size
+        return total

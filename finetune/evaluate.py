@@ -1,0 +1,67 @@
+"""Run the chosen evaluations on held-out rows and return numbers (and the answers behind them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.evals import exact_match, loss
+
+if TYPE_CHECKING:
+    from finetune.dataset import Example, Question
+    from finetune.model import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The rows that judge a run, in both forms: as samples (for the loss) and as questions (for answers)."""
+
+    examples: tuple[Example, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """Which evaluations, and within which bounds."""
+
+    metrics: Sequence[str]
+    max_new_tokens: int
+    batch_rows: int
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Numbers by name, and each question's answer where answers were generated."""
+
+    scores: dict[str, Any]
+    answers: list[str]
+
+
+def judge(
+    policy: Policy, held_out: HeldOut, how: How, *, adapter: bool = True, progress: Callable[[str, int, int], None]
+) -> Judged:
+    """Evaluate the policy, or with ``adapter=False`` its bare base. ``progress`` gets (what, done, of)."""
+    scores: dict[str, Any] = {"rows": len(held_out.questions)}
+    answers: list[str] = []
+    with policy.evaluating(adapter=adapter):
+        if "loss" in how.metrics:
+            tick = _counter("loss", len(held_out.examples), progress)
+            scores |= loss.measure(policy, held_out.examples, how.micro_batch_tokens, tick)
+        if "exact_match" in how.metrics:
+            tick = _counter("answers", len(held_out.questions), progress)
+            answers = exact_match.answers(policy, held_out.questions, how.max_new_tokens, how.batch_rows, tick)
+            scores |= exact_match.score(held_out.questions, answers)
+    return Judged(scores=scores, answers=answers)
+
+
+def _counter(what: str, of: int, progress: Callable[[str, int, int], None]) -> Callable[[int], None]:
+    done = 0
+
+    def tick(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(what, done, of)
+
+    return tick

@@ -1,0 +1,66 @@
+"""Model families: one file each, named as ``model_type`` in a checkpoint's config.json.
+
+A family says what cannot be read from the checkpoint itself: which linear layers an adapter goes on by default, which
+tokens end a turn, and which licences its known models carry. No file here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast
+
+from finetune.errors import ModelError
+
+
+class Licence(NamedTuple):
+    """The terms of a known model. ``duties`` is what whoever passes a derivative on must do, in one line."""
+
+    id: str
+    name: str
+    duties: str
+
+
+APACHE = Licence(
+    "apache-2.0", "Apache License 2.0", "pass the licence text and any NOTICE on, and say what was changed"
+)
+
+
+class Family(Protocol):
+    """What a file of this folder offers."""
+
+    TARGET_MODULES: tuple[str, ...]
+    """The linear layers of one block, by the last part of their names."""
+    STOP_TOKENS: tuple[str, ...]
+    """Tokens that end a turn. Those that the tokenizer has as one token count; the first of them is trained."""
+    TEMPLATE: str
+    """How a turn is written, in words; the checkpoint's own chat template decides."""
+    LICENSES: Mapping[str, Licence]
+    """Known models by name, without the publisher. A name not listed here has terms that must be looked up."""
+
+
+def names() -> tuple[str, ...]:
+    """Every family there is, in the order of the alphabet."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def get(model_type: str, where: Path | str = "config.json: model_type") -> Family:
+    """The family of that ``model_type``; ModelError, at the place ``where``, when there is none."""
+    if model_type in names():
+        return cast(Family, importlib.import_module(f"{__name__}.{model_type}"))
+    known = ", ".join(names())
+    if model_type == "qwen":
+        fix = "use a Qwen1.5 or later 14B checkpoint (model_type qwen2 or qwen3)"
+        raise ModelError("original Qwen-1 checkpoints are not read yet", str(where), fix)
+    close = difflib.get_close_matches(str(model_type), names(), n=1)
+    fix = f"known ones: {known}" + (f"; did you mean {close[0]!r}?" if close else "")
+    raise ModelError(f"unknown model_type {model_type!r}", str(where), fix)
+
+
+def licence_of(family: Family, model: str) -> Licence | None:
+    """The licence of a model named as a hub id, a folder or a bare name; None when it is not a known one."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return next((licence for known, licence in family.LICENSES.items() if known.lower() == name), None)

@@ -1,0 +1,96 @@
+"""A frozen base linear, 16-bit or quantised: dequantise, multiply, and never anything else.
+
+bitsandbytes' own CPU path is not used. On a CPU with AVX-512-bf16 it repacks a 4-bit weight at the first
+evaluation-mode forward, and the layer then runs an inference kernel outside autograd: the loss stays the same to the
+last digit, the gradients are wrong, and nothing is said. Here the packed weight is only read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch.nn.functional import linear
+
+
+def dense_weight(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The layer's weight as it acts: [out, in] in ``dtype``, dequantised where it is packed."""
+    held = getattr(layer, "held_dense", None)
+    if isinstance(held, torch.Tensor):
+        return held.to(dtype)
+    weight: Any = layer.weight
+    if isinstance(layer, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+    if isinstance(layer, Linear8bitLt):
+        return dense_int8(weight.data, _int8_scales(layer), dtype)
+    return weight.to(dtype)  # type: ignore[no-any-return]
+
+
+def dense_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Row-wise int8 codes [out, in] and their largest absolute values [out] → weights (LLM.int8, section 2.1)."""
+    return (codes.float() * (scales.float()[:, None] / 127.0)).to(dtype)
+
+
+def _int8_scales(layer: Any) -> torch.Tensor:
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales  # type: ignore[no-any-return]
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """y = x Wᵀ with W read from the layer both ways, so that no dequantised copy waits for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        ctx.layer = layer
+        return linear(x, dense_weight(layer, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad @ dense_weight(ctx.layer, grad.dtype), None
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = _FrozenMatmul.apply(x, layer)  # type: ignore[no-untyped-call]
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+class FrozenLinear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes ships no types
+    """bitsandbytes' 4-bit storage with this module's arithmetic."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda and not torch.is_grad_enabled():
+            return super().forward(x)  # type: ignore[no-any-return]  # its fused kernel for single tokens; CUDA never repacks
+        return _forward(self, x)
+
+
+class FrozenLinear8bit(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes ships no types
+    """bitsandbytes' 8-bit storage with this module's arithmetic."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _forward(self, x)
+
+
+def freeze(model: torch.nn.Module) -> None:
+    """Turn every quantised linear of ``model`` into its frozen form, in place."""
+    for module in model.modules():
+        if type(module) is Linear4bit:
+            module.__class__ = FrozenLinear4bit
+        elif type(module) is Linear8bitLt:
+            module.__class__ = FrozenLinear8bit
+
+
+@contextlib.contextmanager
+def held_dense(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every 4-bit weight is dequantised once and kept: for many small products, as in generation."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]
+    try:
+        for layer in layers:
+            layer.held_dense = dense_weight(layer, layer.weight.quant_state.dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.held_dense = None

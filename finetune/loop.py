@@ -1,0 +1,181 @@
+"""The training loop: steps in, numbers out. No YAML, no files, no callbacks.
+
+``run`` is a generator. After each optimizer step it yields what happened and waits; the caller logs, saves, evaluates
+or stops, and the loop knows nothing of it. Everything that a step needs is derived from its number (which samples,
+which rate, which dropout noise), so that starting at step s gives the bits that an unbroken run would have had.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from finetune import schedule
+from finetune.errors import ModelError
+
+if TYPE_CHECKING:
+    from finetune.dataset import Example
+    from finetune.model import Policy
+    from finetune.objectives.sft import Batch, StepLoss
+
+
+class Objective(Protocol):
+    """What the loop asks of a file in ``objectives/``."""
+
+    def collate(self, examples: Sequence[Example]) -> Batch: ...
+
+    def loss(self, policy: Policy, batch: Batch) -> StepLoss: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """The numbers that fix a run's course. ``micro_batch_tokens`` bounds the tokens of one forward pass."""
+
+    steps: tuple[tuple[int, ...], ...]
+    peak_rate: float
+    warmup: int
+    kind: str
+    max_grad_norm: float
+    micro_batch_tokens: int
+    seed: int
+    workers: int = 0
+
+    def rate(self, step: int) -> float:
+        return schedule.learning_rate(
+            step, total=len(self.steps), peak=self.peak_rate, warmup=self.warmup, kind=self.kind
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """One finished optimizer step. ``step`` counts from 1; ``loss`` is the mean over the step's supervised tokens."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised: int
+    samples: int
+    seconds: float
+    loss_scale: float | None
+
+
+def make_optimizer(parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2) over the adapter's fp32 masters, PyTorch's betas."""
+    return torch.optim.AdamW(parameters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+
+
+class _StepBatches(torch.utils.data.Dataset[Any]):
+    """Step number → that step's micro-batches, already collated."""
+
+    def __init__(self, examples: Sequence[Example], course: Course, objective: Objective) -> None:
+        self.examples, self.course, self.objective = examples, course, objective
+
+    def __len__(self) -> int:
+        return len(self.course.steps)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        chosen = [self.examples[index] for index in self.course.steps[step]]
+        packs = schedule.pack([len(example.ids) for example in chosen], self.course.micro_batch_tokens)
+        return [self.objective.collate([chosen[i] for i in pack]) for pack in packs]
+
+
+def _batches(data: _StepBatches, start: int) -> Iterator[list[Batch]]:
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, sampler=range(start, len(data)), num_workers=data.course.workers
+    )
+    return iter(loader)
+
+
+def run(
+    policy: Policy,
+    objective: Objective,
+    examples: Sequence[Example],
+    course: Course,
+    optimizer: torch.optim.Optimizer,
+    start: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
+    on_micro_batch: Callable[[int, int], None] = lambda done, of: None,
+) -> Iterator[StepDone]:
+    """Train from step ``start`` to the end of the course, yielding after every optimizer step.
+
+    Raises:
+        ModelError: a loss, gradient or weight that is not finite, with the rows of the batch.
+    """
+    parameters = list(policy.trainable().values())
+    policy.model.train()
+    for step, batches in enumerate(_batches(_StepBatches(examples, course, objective), start), start):
+        began = time.perf_counter()
+        count = sum(batch.count for batch in batches)
+        total = 0.0
+        for number, batch in enumerate(batches):
+            # Dropout noise belongs to (seed, step, micro-batch), not to what ran before: resume needs no RNG state.
+            torch.manual_seed(hash((course.seed, step, number)) % 2**63)
+            result = objective.loss(policy, batch.to(policy.device))
+            _stop_if_not_finite(result.total, "loss", step, batch.rows)
+            scaled = result.total / count
+            (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
+            total += result.total.item()
+            on_micro_batch(number + 1, len(batches))
+        rate = course.rate(step)
+        rows = [row for batch in batches for row in batch.rows]
+        norm = _update(optimizer, parameters, rate, course.max_grad_norm, scaler)
+        if norm is None or not math.isfinite(norm):
+            _stop_if_not_finite(torch.tensor(math.nan), "gradient", step, rows)
+        yield StepDone(
+            step=step + 1,
+            loss=total / count,
+            learning_rate=rate,
+            grad_norm=float(norm or 0.0),
+            tokens=sum(batch.tokens for batch in batches),
+            supervised=count,
+            samples=len(rows),
+            seconds=time.perf_counter() - began,
+            loss_scale=scaler.get_scale() if scaler else None,
+        )
+
+
+def _update(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    rate: float,
+    max_norm: float,
+    scaler: torch.amp.GradScaler | None,
+) -> float | None:
+    """Clip, step, clear. Returns the gradient's 2-norm before clipping.
+
+    With a loss scaler, a norm that overflowed skips the update and halves the scale (that is how fp16 finds its
+    scale); only a scale that has reached 1 makes it a fault.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if scaler:
+        scaler.unscale_(optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    finite = math.isfinite(norm)
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+        if not finite and scaler.get_scale() >= 1.0:
+            norm, finite = 0.0, True
+    elif finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm if finite else None
+
+
+def _stop_if_not_finite(value: torch.Tensor, name: str, step: int, rows: Sequence[str]) -> None:
+    if bool(torch.isfinite(value).all()):
+        return
+    listed = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    raise ModelError(
+        f"the {name} of step {step + 1} is not finite",
+        f"rows {listed}",
+        "lower train.learning_rate, or look at these rows; the adapter of the step before is unharmed",
+    )

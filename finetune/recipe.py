@@ -1,0 +1,231 @@
+"""A recipe: the YAML file that says everything about a run, read into one frozen object.
+
+``load`` refuses a bad recipe with *all* its faults, each with file, line, column, key and nearest legal word. Nothing
+here imports torch, transformers or peft: a recipe is judged in a fraction of a second, before any model is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finetune import adapter_fields, recipe_checks, recipe_faults, recipe_schema, recipe_sources
+from finetune.errors import Fault, RecipeError
+from finetune.recipe_words import Finding
+
+_LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
+
+Scalar = str | int | float | bool
+Positive = Annotated[int, Field(ge=1, le=_LIMIT)]
+Count = Annotated[int, Field(ge=0, le=_LIMIT)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    """Frozen, strict (no text taken for a number, no bool for an int), and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Quantize(_Section):
+    """How the frozen base weights are held while training."""
+
+    weights: Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"] = Field(
+        description="number format of the frozen base weights"
+    )
+    double: bool = Field(
+        default=True, description="nf4/fp4: store the block scales in 8 bits too (about 0.4 bits a weight less)"
+    )
+    compute: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="number format of the matrix products"
+    )
+
+
+class Adapter(_Section):
+    """A PEFT method and that method's own fields, PEFT's defaults filled in."""
+
+    method: str = Field(description="PEFT method")
+    fields: dict[str, Any] = Field(description="the method's own PEFT field names")
+
+
+class Data(_Section):
+    """Where the rows come from."""
+
+    train_path: str = Field(description="rows to train on: a file, relative to the folder the command runs in")
+    eval_path: str | None = Field(default=None, description="rows to judge on: a file; or use eval_fraction")
+    eval_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="share of the training rows to hold out and judge on, between 0 and 1; or use eval_path",
+    )
+    format: Literal["auto", "chat", "completion", "alpaca", "sharegpt"] = Field(
+        default="auto", description="layout of a row; auto looks at the columns"
+    )
+
+
+class Train(_Section):
+    """How long, how fast, how much at a time."""
+
+    steps: Positive | None = Field(default=None, description="optimizer steps; or use epochs")
+    epochs: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = Field(
+        default=None, description="passes over the training rows; or use steps"
+    )
+    examples_per_step: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="rows in one optimizer step, all devices together; or use tokens_per_step"
+    )
+    tokens_per_step: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
+        default=None, description="tokens in one optimizer step, all devices together; or use examples_per_step"
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="shape of the learning rate after warmup"
+    )
+    warmup: Count = Field(default=0, description="steps over which the learning rate rises from 0 to its peak")
+    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.0, description="decoupled weight decay of the adapter"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = Field(
+        default=1.0, description="gradients are scaled down to this 2-norm"
+    )
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(description="longest example, in tokens")
+    micro_batch_tokens: Annotated[int, Field(ge=8, le=100_000_000)] | Literal["auto"] = Field(
+        default="auto", description="tokens that go through the model at once on one device; auto fits the memory"
+    )
+    recompute: Literal["auto", "none", "layers"] = Field(
+        default="auto", description="recompute activations layer by layer in the backward pass to save memory"
+    )
+    save_every: Positive = Field(default=50, description="steps between checkpoints")
+    keep_last: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=2, description="checkpoints kept; older ones are removed"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="seed of data order, adapter start and dropout"
+    )
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0, description="processes that prepare rows; 0 means none extra"
+    )
+
+
+class Evaluate(_Section):
+    """How the result is judged."""
+
+    metrics: Annotated[list[Literal["loss", "exact_match"]], Field(min_length=1)] = Field(
+        default=["loss"], description="what is measured on the held-out rows"
+    )
+    every: Count = Field(default=0, description="steps between evaluations; 0 means only at the start and the end")
+    rows: Positive | None = Field(default=None, description="held-out rows used, from the first; null means all")
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
+        default=64, description="longest generated answer, in tokens"
+    )
+    batch_rows: Annotated[int, Field(ge=1, le=100_000)] = Field(default=32, description="rows judged at once")
+
+
+class Recipe(_Section):
+    """Everything a run depends on besides the machine, the base weights and the data files."""
+
+    model: str = Field(description="base model: a folder, or the id of a known model")
+    quantize: Quantize
+    adapter: Adapter
+    data: Data
+    train: Train
+    evaluate: Evaluate = Evaluate()
+    tracker: Literal["trackio", "wandb", "tensorboard", "mlflow", "none"] = Field(
+        default="trackio", description="where curves go, besides the run folder's own metrics file"
+    )
+    output: str = Field(description="the run folder")
+
+    def to_yaml_dict(self) -> dict[str, Any]:
+        """The recipe as plain values with every default filled in; written as YAML it loads to an equal recipe."""
+        tree = self.model_dump()
+        adapter = tree["adapter"]
+        tree["adapter"] = {"method": adapter["method"], **adapter["fields"]}
+        return tree
+
+
+class Located(NamedTuple):
+    """A recipe together with where each of its keys was written."""
+
+    recipe: Recipe
+    origins: recipe_sources.Origins
+
+    def where(self, key: str) -> str:
+        """``file:line:column: key`` (or ``--set key``), for faults that only a later step can see."""
+        return self.origins.where(tuple(key.split(".")))
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, its ``extends:`` chain and ``--set`` overrides.
+
+    Raises ``RecipeError`` with every fault found.
+    """
+    return locate(path, overrides).recipe
+
+
+def locate(path: Path, overrides: Sequence[str] = ()) -> Located:
+    """``load``, and where each key was written. Raises ``RecipeError`` with every fault found."""
+    try:
+        tree, origins = recipe_sources.read(path, overrides)
+    except RecipeError as error:
+        raise RecipeError.of(recipe_faults.in_order(error.faults)) from None
+    section = tree.get("adapter")
+    fields, findings = adapter_fields.check(section) if isinstance(section, dict) else ({}, [])
+    recipe, errors = _validated(tree, fields)
+    findings = [finding._replace(path=("adapter", *finding.path)) for finding in findings]
+    faults = list(origins.secrets)
+    if errors or findings:
+        faults += recipe_faults.word(errors, tree, origins, schema())
+    faults += _further(tree, origins, [*findings, *recipe_checks.check(tree)], {fault.where for fault in faults})
+    if recipe is None or faults:
+        raise RecipeError.of(recipe_faults.in_order(faults))
+    return Located(recipe, origins)
+
+
+def _validated(tree: dict[str, Any], fields: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
+    """The models' verdict; PEFT's own fields were judged before and travel as one value."""
+    if isinstance(tree.get("adapter"), dict):
+        tree = {**tree, "adapter": {"method": adapter_fields.METHOD, "fields": fields}}
+    try:
+        return Recipe.model_validate(tree), []
+    except ValidationError as error:
+        return None, list(error.errors(include_url=False, include_context=False, include_input=False))
+
+
+def _further(
+    tree: dict[str, Any], origins: recipe_sources.Origins, findings: Sequence[Finding], taken: set[str]
+) -> list[Fault]:
+    """Findings as faults, save for keys that have one already and keys that are only missing because misspelt."""
+    findings = list(findings)
+    if not findings:
+        return []
+    shape = schema()
+    meant = recipe_faults.meanings(recipe_faults.unknown_keys(tree, shape), shape)
+    faults = []
+    for path, what, fix in findings:
+        if origins.where(path) not in taken and not (path in meant and what.startswith("missing")):
+            faults.append(Fault(what, origins.where(path), fix))
+    return faults
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema for editors: the recipe's keys with their meaning, ``extends``, and the installed PEFT's fields."""
+    return recipe_schema.build(Recipe.model_json_schema())
+
+
+def flatten(recipe: Recipe) -> dict[str, Scalar]:
+    """The resolved recipe as ``{"train.steps": 12, ...}``: trackers refuse nested values and lists."""
+    flat: dict[str, Scalar] = {}
+    _flatten_into(flat, "", recipe.to_yaml_dict())
+    return flat
+
+
+def _flatten_into(flat: dict[str, Scalar], prefix: str, tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            _flatten_into(flat, f"{name}.", value)
+        elif isinstance(value, list | tuple | dict):
+            flat[name] = ", ".join(map(str, value))
+        else:
+            flat[name] = "null" if value is None else value

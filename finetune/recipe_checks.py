@@ -1,0 +1,98 @@
+"""What must hold between keys of a recipe, and for every text in it, that a schema cannot say.
+
+Works on the merged tree of plain values, not on the validated models: a type fault elsewhere must not hide these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from finetune import recipe_paths
+from finetune.recipe_words import Finding, shown
+from finetune.yamlfile import KeyPath
+
+_VARIABLE = re.compile(r"\$(\{|\(|[A-Za-z_])")
+_FOUR_BIT = ("nf4", "fp4")
+
+
+def check(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Every fault between keys; a key of the wrong type is skipped here, the models report it."""
+    yield from _one_of(tree, "train", ("steps", "epochs"))
+    yield from _one_of(tree, "train", ("examples_per_step", "tokens_per_step"))
+    yield from _train(tree)
+    yield from _quantize(tree)
+    yield from _evaluate(tree)
+    yield from recipe_paths.check(tree)
+    yield from _variables(tree, ())
+
+
+def _one_of(tree: dict[str, Any], section: str, keys: tuple[str, str]) -> Iterator[Finding]:
+    content = tree.get(section)
+    if not isinstance(content, dict):
+        return
+    written = [key for key in keys if content.get(key) is not None]
+    if not written:
+        yield Finding((section, keys[0]), f"missing: {keys[0]} or {keys[1]} must be given", f"add '{keys[0]}:'")
+    elif len(written) == 2:
+        yield Finding((section, keys[1]), f"cannot be given together with {keys[0]}", "keep one; null switches one off")
+
+
+def _train(tree: dict[str, Any]) -> Iterator[Finding]:
+    steps, warmup = _number(tree, "train", "steps"), _number(tree, "train", "warmup")
+    if steps is not None and warmup is not None and warmup > steps:
+        yield Finding(("train", "warmup"), f"must not exceed steps ({steps}); found {warmup}", "lower it")
+    length = _number(tree, "train", "max_length")
+    for key in ("tokens_per_step", "micro_batch_tokens"):
+        tokens = _number(tree, "train", key)
+        if tokens is not None and length is not None and tokens < length:
+            yield Finding(("train", key), f"must hold one example of max_length ({length}); found {tokens}", "raise it")
+
+
+def _quantize(tree: dict[str, Any]) -> Iterator[Finding]:
+    weights = _value(tree, "quantize", "weights")
+    if _value(tree, "quantize", "double") is False and isinstance(weights, str) and weights not in _FOUR_BIT:
+        yield Finding(("quantize", "double"), f"has no meaning with {shown(weights)} weights", "remove it")
+    if weights == "int8" and _value(tree, "adapter", "use_dora") is True:
+        # bitsandbytes frees the column statistics that DoRA's norm needs: the second step fails.
+        yield Finding(("adapter", "use_dora"), "DoRA cannot be trained on int8 weights", "use nf4, or use_dora: false")
+
+
+def _evaluate(tree: dict[str, Any]) -> Iterator[Finding]:
+    data = tree.get("data")
+    if not isinstance(data, dict):
+        return
+    if data.get("eval_path") is not None and data.get("eval_fraction") is not None:
+        yield Finding(("data", "eval_fraction"), "cannot be given together with eval_path", "keep one")
+    if data.get("eval_path") is not None or data.get("eval_fraction") is not None:
+        return
+    fix = "add data.eval_path or data.eval_fraction"
+    metrics = _value(tree, "evaluate", "metrics")
+    for at, metric in enumerate(metrics if isinstance(metrics, list) else []):
+        if metric == "exact_match":
+            yield Finding(("evaluate", "metrics", at), "exact_match needs held-out rows", fix)
+    if _number(tree, "evaluate", "every"):
+        yield Finding(("evaluate", "every"), "there are no held-out rows to evaluate on", fix)
+
+
+def _variables(node: Any, at: KeyPath) -> Iterator[Finding]:
+    """A recipe means the same on every machine: nothing in it comes from the environment."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _variables(value, (*at, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _variables(value, (*at, index))
+    elif isinstance(node, str) and _VARIABLE.search(node):
+        yield Finding(at, "environment variables are not expanded in a recipe", "write the value, or use --set")
+
+
+def _value(tree: dict[str, Any], section: str, key: str) -> Any:
+    content = tree.get(section)
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def _number(tree: dict[str, Any], section: str, key: str) -> int | float | None:
+    value = _value(tree, section, key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,109 @@
+"""What a recipe's paths and names may look like, and whether the files they name are there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune import known_models
+from finetune.recipe_words import Finding, did_you_mean, near_path, nearest, shown
+from finetune.yamlfile import KeyPath
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z][A-Za-z0-9+.-]*:/?/?[^/\\]*@")
+_PART_CHARACTERS = 96
+_PART_BYTES = 255  # what file systems take for one name
+
+
+def check(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Faults of ``model``, ``data.*_path`` and ``output``; values of a wrong type are somebody else's to report."""
+    if isinstance(model := tree.get("model"), str):
+        yield from _model(model)
+    data = tree.get("data")
+    paths = data if isinstance(data, dict) else {}
+    for key in ("train_path", "eval_path"):
+        if isinstance(path := paths.get(key), str):
+            yield from _data_file(("data", key), path)
+    yield from _same_file(paths.get("train_path"), paths.get("eval_path"))
+    if isinstance(output := tree.get("output"), str):
+        yield from _output(output)
+
+
+def _model(name: str) -> Iterator[Finding]:
+    at: KeyPath = ("model",)
+    if _URL.match(name):
+        yield Finding(at, "a URL is not accepted", "name a folder or a known model")
+    elif any(_control(name)):
+        yield Finding(at, f"holds a control character: {shown(name)}", "remove it")
+    elif not _is_dir(name) and known_models.find(name) is None:
+        fix = near_path(Path(name)) if os.sep in name else ""
+        known = known_models.names()
+        if nearest(name, known) is not None or not fix:
+            fix = did_you_mean(name, known)
+        yield Finding(at, f"{shown(name)} is neither a folder nor a known model", fix)
+
+
+def _data_file(at: KeyPath, name: str) -> Iterator[Finding]:
+    if not name:
+        yield Finding(at, "the path is empty", "name a file")
+    elif _URL.match(name):
+        yield Finding(at, "a URL is not accepted", "fetch the file first and name it here")
+    elif any(_control(name)):
+        yield Finding(at, f"holds a control character: {shown(name)}", "remove it")
+    elif name.startswith("~"):
+        yield Finding(at, "~ is not expanded", "write the path out")
+    elif _is_dir(name):
+        yield Finding(at, f"{shown(name)} is a folder", "name a file in it")
+    elif not os.path.isfile(name):  # noqa: PTH113 - false, not an error, for a name too long for the file system
+        yield Finding(at, f"no such file: {shown(name)}", _near(name))
+
+
+def _same_file(train: object, judge: object) -> Iterator[Finding]:
+    if not isinstance(train, str) or not isinstance(judge, str) or not train or not judge:
+        return
+    try:
+        same = os.path.samefile(train, judge)  # noqa: PTH121 - links count too
+    except (OSError, ValueError):
+        same = os.path.normpath(train) == os.path.normpath(judge)
+    if same:
+        yield Finding(("data", "eval_path"), "is the file that is trained on", "hold rows out with eval_fraction")
+
+
+def _output(name: str) -> Iterator[Finding]:
+    at: KeyPath = ("output",)
+    if not name:
+        yield Finding(at, "the path is empty", "name the run folder")
+        return
+    if _URL.match(name):
+        yield Finding(at, "a URL is not accepted", "name a folder")
+        return
+    parts = name.removeprefix("/").removesuffix("/").split("/")
+    if ".." in parts:
+        yield Finding(at, "must not contain ..", "write the path out")
+    elif bad := next((part for part in parts if not _is_plain(part)), None):
+        what = f"{shown(bad)} is not a usable folder name"
+        yield Finding(at, what, f"use letters, digits, '.', '_' and '-', at most {_PART_CHARACTERS} of them")
+    elif "" in parts or set(parts) == {"."}:
+        yield Finding(at, f"{shown(name)} does not name a folder of its own", "write it like runs/name")
+
+
+def _is_plain(part: str) -> bool:
+    legal = all(one in "._-" or (one.isalnum() and (one.isascii() or one.isalpha())) for one in part)
+    return legal and len(part) <= _PART_CHARACTERS and len(part.encode()) <= _PART_BYTES
+
+
+def _near(name: str) -> str:
+    try:
+        return near_path(Path(name))
+    except OSError:
+        return ""
+
+
+def _is_dir(name: str) -> bool:
+    return bool(name) and os.path.isdir(name)  # noqa: PTH112 - false, not an error, for an impossible name
+
+
+def _control(text: str) -> Iterator[bool]:
+    return (not one.isprintable() for one in text)

@@ -1,0 +1,197 @@
+"""The run folder: the only owner of its paths, and the only way files in it are written.
+
+Every file appears whole or not at all: bytes go to a temporary name in the same folder, are flushed to the disk,
+renamed into place, and the folder's own entry is flushed. A crash leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from finetune.errors import EnvironmentFault
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside one run folder; reading ``ls`` of it tells the story of the run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def identity(self) -> Path:
+        return self.root / "identity.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def finished(self) -> Path:
+        return self.root / "finished.json"
+
+    @property
+    def trackers(self) -> Path:
+        return self.root / "trackers"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one process; the kernel frees it when that process dies, however it dies.
+
+        Raises:
+            EnvironmentFault: another process holds it.
+        """
+        make_folder(self.root)
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise EnvironmentFault(
+                "another finetune process is working in this folder",
+                str(self.root),
+                "wait for it or stop it, or give the recipe another `output:`",
+            ) from None
+        except OSError as error:
+            raise disk_fault(error, self.root) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clear_leftovers(self) -> None:
+        """Remove what a killed process left half-written. Only call while holding the lock."""
+        for folder in (self.root, self.checkpoints):
+            if folder.is_dir():
+                for entry in folder.glob("*.tmp-*"):
+                    remove(entry)
+
+
+def disk_fault(error: OSError, path: Path) -> EnvironmentFault:
+    """The coded form of an operating-system error met while writing ``path``."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    fix = "free some space and run the same command again" if error.errno in _DISK_FULL else "mend that and run again"
+    return EnvironmentFault(f"cannot write: {reason}", str(path), fix)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_fault(error, path) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; one that is already gone is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's own entries, so that a rename in it survives power loss."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes | memoryview) -> None:
+    """Write and flush one file in place. For files inside a folder that is itself renamed when complete."""
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_fault(error, path) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace one file: readers see the old bytes or the new, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    write_synced(temporary, data)
+    try:
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise disk_fault(error, path) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """The file's value, or None where it is absent or damaged (the caller then makes it anew)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Fill the yielded temporary folder; on leaving without an error it becomes ``path`` in one rename.
+
+    A folder that is already there is moved aside first and removed last.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
+    make_folder(path.parent)
+    try:
+        remove(temporary)
+        temporary.mkdir()
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
+            path.rename(aside)
+        temporary.rename(path)
+        sync_folder(path.parent)
+        remove(aside)
+    except OSError as error:
+        remove(temporary)
+        raise disk_fault(error, path) from error
+    except BaseException:
+        remove(temporary)
+        raise

@@ -1,0 +1,70 @@
+"""What several tests share: the tiny bases, the committed data, the scripts under data/."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is first imported: no test may reach a hub
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository as a module; data/ is no package."""
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    return load_script
+
+
+@pytest.fixture(scope="session")
+def build_tiny() -> Callable[..., Path]:
+    """``build(folder, seed, family=…, dtype=…, max_shard_size=…, **config fields)`` of data/make_tiny_base.py."""
+    build: Callable[..., Path] = load_script("data/make_tiny_base.py").build
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, build_tiny: Callable[..., Path]) -> Path:
+    """A random Qwen2 base, untied, bf16, one shard. Shared by all tests: copy it before changing anything in it."""
+    return build_tiny(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_sharded(tmp_path_factory: pytest.TempPathFactory, build_tiny: Callable[..., Path]) -> Path:
+    """The same weights as ``tiny_base`` in several shards with an index."""
+    return build_tiny(tmp_path_factory.mktemp("bases") / "tiny-sharded", max_shard_size="100KB")
+
+
+@pytest.fixture(scope="session")
+def dates() -> Path:
+    """The folder of the committed dates task."""
+    return ROOT / "data" / "dates"
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The folder with one small file for each data format."""
+    return ROOT / "data" / "samples"
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    """The fetched 135M base; skips where ``python data/fetch_base.py`` has not been run."""
+    folder = ROOT / "data" / "bases" / "smollm2-135m-instruct"
+    if not (folder / "digests.json").is_file():
+        pytest.skip("the 135M base is not there: run python data/fetch_base.py")
+    return folder

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from finetune import adapter_targets
 from finetune.adapter_source import FieldSource, methods
-from finetune.recipe_words import Finding, describe, did_you_mean, mend, shown
+from finetune.recipe_words import Finding, describe, did_you_mean, mend, nearest, shown
 
 METHOD = "lora"  # the one method that can be trained, merged and proven
 
@@ -130,9 +130,9 @@ def _refused_method(present: bool, method: object) -> Finding:
 
 
 def _near_methods(word: str) -> list[str]:
-    """All methods, but only the usable one when nothing is near: forty names help nobody."""
+    """The usable method when it is near or nothing is (forty names help nobody), else all."""
     known = sorted(methods())
-    return known if did_you_mean(word, known).startswith("did") else [METHOD]
+    return [METHOD] if nearest(word, [METHOD]) or not nearest(word, known) else known
 
 
 def _missing(key: str) -> Finding:

@@ -7,7 +7,10 @@ which of the optional parts (query/key/value bias, query/key norm) its layers ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.known_models import KnownModel
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -48,6 +51,12 @@ class DecoderShape:
             qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
             qk_norm=family == "qwen3",
         )
+
+    @classmethod
+    def from_known(cls, known: KnownModel) -> DecoderShape:
+        """The shape of a model that is not on the disk, from the committed table."""
+        config = known._asdict() | {"model_type": known.family}
+        return cls.from_config(config)
 
     def linear(self, kind: str) -> tuple[int, int]:
         """(out, in) features of one of the seven linears of a layer."""

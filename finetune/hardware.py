@@ -23,7 +23,7 @@ class Hardware:
     threads: int
     instruction_set: str
     flops: float | None
-    """Dense 16-bit FLOP/s that matrix products reach in practice; None where it has to be probed."""
+    """Dense FLOP/s that matrix products reach in practice; None for a card that is not in the table."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +75,7 @@ def detect() -> Hardware:
         bf16=any(flag in flags for flag in _MATRIX_FLAGS[:2]),
         threads=threads,
         instruction_set=instruction_set,
-        flops=None,
+        flops=_probe_flops("bfloat16" if any(flag in flags for flag in _MATRIX_FLAGS[:2]) else "float32"),
     )
 
 
@@ -95,7 +95,7 @@ def _cpuinfo(key: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
-def probe_flops(dtype_name: str) -> float:
+def _probe_flops(dtype_name: str) -> float:
     """FLOP/s of a 1024³ matrix product on this CPU, best of three; takes well under a second."""
     import time
 

@@ -6,6 +6,7 @@ here imports torch, transformers or peft: a recipe is judged in a fraction of a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -211,6 +212,11 @@ def _further(
 def schema() -> dict[str, Any]:
     """JSON schema for editors: the recipe's keys with their meaning, ``extends``, and the installed PEFT's fields."""
     return recipe_schema.build(Recipe.model_json_schema())
+
+
+def schema_text() -> str:
+    """The schema as the file that recipes name in their first line."""
+    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def flatten(recipe: Recipe) -> dict[str, Scalar]:

@@ -2,8 +2,8 @@
 
 What YAML allows but a recipe never needs is refused, because each of these has silently changed somebody's run: tags,
 anchors and aliases, duplicate keys, more than one document, directives, plain text over several lines, ``012`` and
-``1_000``, NaN and infinity, tabs and look-alike spaces. A bare date stays text. Built on ruamel.yaml's parser events: no
-object is ever made.
+``1_000``, NaN and infinity, tabs and look-alike spaces. A bare date stays text. Only ruamel.yaml's parser events are used:
+no object is ever constructed.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_tiny_tokenizers_survive_reloading(
         ids = written.encode(text).ids
         assert loaded(text).input_ids == again(text).input_ids == ids
         assert loaded.decode(ids) == unicodedata.normalize("NFC", text)
-    assert loaded.tokenize("assistant\n\n") == ["assistant", "ĊĊ"]
+    assert loaded.tokenize("assistant\n\n20") == ["assistant", "ĊĊ", "2", "0"]
     prompt = loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert prompt == system + "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
@@ -134,7 +134,7 @@ def test_tiny_models_attend_and_have_spare_rows(
     with torch.no_grad():
         moved = (model(ids).logits - model(changed).logits)[0].abs().amax(-1)
     assert moved[:5].max() == 0
-    assert moved[-1] > 0.1  # 34 tokens on; the usual initial scale moves the logits by less than 1e-4 of that
+    assert moved[-1] > 0.1  # 34 tokens on; with the usual initial scale of 0.02 it is 0.02
 
 
 def test_tiny_bases_hang_on_the_seed_alone(

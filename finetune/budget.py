@@ -1,0 +1,154 @@
+"""Memory and time, predicted by arithmetic on a decoder's shape: what ``plan`` weighs its choices with.
+
+The formulas follow what the training step keeps; the constants were set against measured runs (docs/reliability.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.decoder import DecoderShape
+from finetune.hardware import Hardware
+from finetune.recipe import Recipe
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
+"""Tokens of a micro-batch beyond which nothing is gained: dequantisation is below 2 % of a pass (CUDA)."""
+_CHUNK = 1024
+_USABLE = 0.9
+_OVERHEAD = {"cuda": 0.9e9, "cpu": 0.9e9}
+"""Bytes of the process itself: libraries, CUDA context, allocator's slack."""
+_EFFICIENCY = {"cuda": 0.45, "cpu": 0.45}
+"""Share of the matrix-product rate that a whole training step reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Predicted peak memory by component, in bytes."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    generation: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        # Training and generating take turns: the larger of the two counts.
+        fixed = self.weights + self.adapter + self.gradients + self.optimizer + self.overhead
+        return fixed + max(self.activations + self.head, self.generation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What goes through the model: the samples' lengths and how many of their tokens are supervised."""
+
+    lengths: Sequence[int]
+    supervised: Sequence[int]
+    evaluated_tokens: int
+    generated_rows: int
+
+
+def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape) -> int:
+    """Bytes of the frozen base: the linears in their number format, everything else in the compute dtype."""
+    linear = shape.linear_parameters()
+    rest = shape.parameters() - linear
+    if weights in ("nf4", "fp4"):
+        # Per 64 weights one scale: fp32, or 8 bits and one fp32 per 256 scales (Dettmers et al. 2023, section 3).
+        per_weight = 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
+    elif weights == "int8":
+        per_weight = 1.0 + 4 / shape.hidden
+    else:
+        per_weight = float(BYTES[compute])
+    return int(linear * per_weight + rest * BYTES[compute])
+
+
+def token_bytes(shape: DecoderShape, compute: str, recompute: str) -> tuple[int, int]:
+    """(bytes kept per token over all layers, bytes live per token within one layer) of a training pass."""
+    width, query, key_value = BYTES[compute], shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # Kept for the backward pass of one layer: norms work in fp32; rotary, attention and MLP in the compute dtype.
+    norms = 2 * (4 + 4 + width) * shape.hidden
+    attention = width * (3 * query + 4 * key_value + 2 * shape.hidden)
+    mlp = width * (5 * shape.intermediate + 2 * shape.hidden)
+    layer = norms + attention + mlp
+    kept = shape.layers * (width * shape.hidden if recompute == "layers" else layer)
+    return kept, layer + width * 3 * shape.intermediate
+
+
+def _fit(
+    located: Located, shape: DecoderShape, hardware: Hardware, compute: str, trained: int, load: Load | None
+) -> tuple[str, int, Budget]:
+    """(recompute, micro-batch tokens, budget): as many tokens at once as fit, recomputing only where it must."""
+    train, quantize = located.recipe.train, located.recipe.quantize
+    weights = weight_bytes(quantize.weights, quantize.double, compute, shape)
+    fixed = weights + 16 * trained + int(_OVERHEAD[hardware.device])
+    head = _CHUNK * shape.vocab * (4 + 4 + BYTES[compute])
+    room = hardware.free_memory * _USABLE - fixed - head
+    dense = 2 * shape.linear_parameters() if hardware.device == "cpu" and quantize.weights in ("nf4", "fp4") else 0
+    generation = dense + _cache_bytes(located.recipe, shape, compute, load)
+    most = max(train.max_length, _MOST_TOKENS[hardware.device])
+    options = ["none", "layers"] if train.recompute == "auto" else [train.recompute]
+    for option in options:
+        kept, live = token_bytes(shape, compute, option)
+        fitting = int(room // (kept + live))
+        last = option == options[-1]
+        if train.micro_batch_tokens != "auto":
+            micro = train.micro_batch_tokens
+        elif fitting >= train.max_length:
+            micro = min(most, fitting)
+        else:
+            micro = train.max_length
+        if fitting >= micro or last:
+            break
+    longest = min(micro, _step_tokens(located.recipe, load) or micro)
+    budget = Budget(
+        weights=weights, adapter=4 * trained, gradients=4 * trained, optimizer=8 * trained,
+        activations=(kept + live) * longest, head=head, generation=generation,
+        overhead=int(_OVERHEAD[hardware.device]),
+    )  # fmt: skip
+    return option, micro, budget
+
+
+def _step_tokens(recipe: Recipe, load: Load | None) -> int | None:
+    """The most tokens that one step can hold, where that is known."""
+    if recipe.train.tokens_per_step:
+        return recipe.train.tokens_per_step
+    if load and recipe.train.examples_per_step:
+        return sum(sorted(load.lengths)[-recipe.train.examples_per_step :])
+    return None
+
+
+def _cache_bytes(recipe: Recipe, shape: DecoderShape, compute: str, load: Load | None) -> int:
+    if "exact_match" not in recipe.evaluate.metrics:
+        return 0
+    length = (max(load.lengths) if load else recipe.train.max_length) + recipe.evaluate.max_new_tokens
+    rows = min(recipe.evaluate.batch_rows, load.generated_rows) if load else recipe.evaluate.batch_rows
+    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[compute]
+    return rows * length * (per_token + 6 * shape.intermediate * BYTES[compute]) + rows * shape.vocab * 8
+
+
+def _seconds(
+    shape: DecoderShape, hardware: Hardware, compute: str, recompute: str, load: Load, tokens: int
+) -> float | None:
+    """Forward 2N + backward 2N (no weight gradients of the base) + recompute 2N, per token, at the step's efficiency."""
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    if hardware.flops is None and hardware.device == "cuda":
+        return None
+    rate = hardware.flops or machine.probe_flops(names[compute])
+    linear, head = shape.linear_parameters(), shape.vocab * shape.hidden
+    passes = 6 if recompute == "layers" else 4
+    share = sum(load.supervised) / sum(load.lengths)
+    training = tokens * (passes * linear + 4 * share * head)
+    evaluating = load.evaluated_tokens * 2 * linear * (2 if load.generated_rows else 1)
+    return (training + evaluating) / (rate * _EFFICIENCY[hardware.device])
+
+
+def _output_bytes(recipe: Recipe, trained: int) -> int:
+    """Checkpoints hold the adapter and two moments in fp32; one more is being written while the last are kept."""
+    return (recipe.train.keep_last + 1) * 12 * trained + 4 * trained + 10_000_000
+
+

@@ -1,0 +1,213 @@
+"""Recipe + base + machine + lengths of the samples → Plan: every ``auto`` a number, memory and time predicted.
+
+Arithmetic only: nothing is loaded, so that the answer comes before anything is paid for. What was resolved here is
+what the run uses, and what a resumed run uses again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetune import budget, schedule
+from finetune.decoder import LINEARS, DecoderShape
+from finetune.budget import Budget, Load
+from finetune.errors import EnvironmentFault, Fault, RecipeError
+from finetune.hardware import Hardware
+from finetune.recipe import Located, Recipe
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One kind of module that the adapter touches: how many, of which shape, and the parameters it adds."""
+
+    module: str
+    count: int
+    shape: tuple[int, int]
+    base_parameters: int
+    adapter_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be done, in numbers."""
+
+    model: str
+    family: str
+    parameters: int
+    device: str
+    device_name: str
+    weights: str
+    double: bool
+    compute: str
+    loss_scaling: bool
+    recompute: str
+    micro_batch_tokens: int
+    steps: int | None
+    samples: int | None
+    tokens: int | None
+    supervised_tokens: int | None
+    targets: tuple[Target, ...]
+    adapter_fields: dict[str, Any]
+    budget: Budget
+    free_memory: int
+    seconds: float | None
+    output: str
+    output_bytes: int
+    notes: tuple[str, ...]
+    unchecked: tuple[str, ...]
+
+    @property
+    def trainable(self) -> int:
+        return sum(target.adapter_parameters for target in self.targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"memory": self.budget.total, "trainable_parameters": self.trainable}
+
+
+def course_steps(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    train = recipe.train
+    return schedule.steps(
+        lengths, train.seed, count=train.steps, epochs=train.epochs,
+        examples=train.examples_per_step, tokens=train.tokens_per_step,
+    )  # fmt: skip
+
+
+def compute_dtype(recipe: Recipe, hardware: Hardware) -> str:
+    """``auto``: bf16 where the device has it, fp16 (with loss scaling) on older cards, fp32 on other processors."""
+    if recipe.quantize.compute != "auto":
+        return recipe.quantize.compute
+    if recipe.quantize.weights in budget.BYTES:
+        return recipe.quantize.weights
+    if hardware.bf16:
+        return "bf16"
+    return "fp16" if hardware.device == "cuda" else "fp32"
+
+
+def targets(located: Located, shape: DecoderShape) -> tuple[Target, ...]:
+    """The modules that the adapter's fields select, by PEFT's own matching rules.
+
+    Raises:
+        RecipeError: a name or pattern that selects nothing.
+    """
+    fields = located.recipe.adapter.fields
+    names = [name.removesuffix(".weight") for name in shape.tensors() if name.endswith("_proj.weight")]
+    if not shape.tied:
+        names.append("lm_head")
+    chosen = [name for name in names if _selected(name, fields)]
+    wanted = fields.get("target_modules")
+    listed = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    idle = [one for one in listed if one != "all-linear" and not any(_matches(name, one, wanted) for name in names)]
+    if idle or not chosen:
+        what = f"{', '.join(map(repr, idle)) or 'the selection'} matches no module of this model"
+        fix = f"its linears are {', '.join(LINEARS)}"
+        raise RecipeError.of([Fault(what, located.where("adapter.target_modules"), fix)])
+    kinds: dict[str, list[str]] = {}
+    for name in chosen:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    return tuple(_target(kind, members, fields, shape) for kind, members in kinds.items())
+
+
+def _matches(name: str, one: str, wanted: Any) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(one, name) is not None
+    return name == one or name.endswith(f".{one}")
+
+
+def _selected(name: str, fields: dict[str, Any]) -> bool:
+    wanted, excluded = fields.get("target_modules"), fields.get("exclude_modules")
+    if wanted is None or wanted == "all-linear":
+        hit = name.rpartition(".")[2] in LINEARS
+    else:
+        hit = any(_matches(name, one, wanted) for one in ([wanted] if isinstance(wanted, str) else wanted))
+    if excluded:
+        hit = hit and not any(_matches(name, o, excluded) for o in ([excluded] if isinstance(excluded, str) else excluded))
+    layers = fields.get("layers_to_transform")
+    if hit and layers is not None:
+        number = re.search(r"\.layers\.(\d+)\.", name)
+        hit = number is not None and int(number[1]) in ([layers] if isinstance(layers, int) else layers)
+    return hit
+
+
+def _target(kind: str, members: list[str], fields: dict[str, Any], shape: DecoderShape) -> Target:
+    out, inside = shape.linear(kind) if kind in LINEARS else (shape.vocab, shape.hidden)
+    pattern = fields.get("rank_pattern") or {}
+    added = 0
+    for name in members:
+        rank = next((r for word, r in pattern.items() if re.match(rf"(.*\.)?({word})$", name)), fields["r"])
+        added += rank * (out + inside) + (out if fields.get("use_dora") else 0)
+    return Target(
+        module=kind, count=len(members), shape=(out, inside),
+        base_parameters=len(members) * out * inside, adapter_parameters=added,
+    )  # fmt: skip
+
+
+def saved_modules(fields: dict[str, Any], shape: DecoderShape) -> int:
+    """Parameters trained whole (``modules_to_save``)."""
+    names = fields.get("modules_to_save") or []
+    total = 0
+    for tensor, size in shape.tensors().items():
+        if any(tensor.removesuffix(".weight").endswith(name) for name in names):
+            total += size[0] * (size[1] if len(size) > 1 else 1)
+    return total
+
+
+def make(
+    located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, *, on_disk: bool,
+    notes: Sequence[str] = (), unchecked: Sequence[str] = (),
+) -> Plan:  # fmt: skip
+    """Resolve a recipe for one machine.
+
+    Raises:
+        RecipeError: targets that match nothing, or a window beyond the model's positions.
+        EnvironmentFault: a base that is on the disk does not fit this machine's memory.
+    """
+    recipe = located.recipe
+    found = targets(located, shape)
+    if recipe.train.max_length > shape.max_positions:
+        what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
+        raise RecipeError(what, located.where("train.max_length"), f"at most {shape.max_positions}")
+    compute = compute_dtype(recipe, hardware)
+    trained = sum(target.adapter_parameters for target in found) + saved_modules(recipe.adapter.fields, shape)
+    recompute, micro, budget = _fit(located, shape, hardware, compute, trained, load)
+    remarks = [*notes, *_remarks(recipe, hardware, compute)]
+    if budget.total > hardware.free_memory * _USABLE + budget.overhead:
+        what = f"needs about {budget.total / 1e9:.1f} GB, this machine has {hardware.free_memory / 1e9:.1f} GB free"
+        if on_disk:
+            raise EnvironmentFault(what, f"memory of {hardware.name}", "lower train.max_length, or use quantize nf4")
+        remarks.append(f"does not fit here: {what}")
+    steps = course_steps(recipe, load.lengths) if load else None
+    chosen = [index for step in steps for index in step] if steps and load else []
+    tokens = sum(load.lengths[i] for i in chosen) if load else None
+    fields = dict(recipe.adapter.fields)
+    if fields.get("target_modules") in (None, "all-linear"):
+        fields["target_modules"] = list(LINEARS)
+    return Plan(
+        model=recipe.model, family=shape.family, parameters=shape.parameters(),
+        device=hardware.device, device_name=hardware.name,
+        weights=recipe.quantize.weights, double=recipe.quantize.double, compute=compute,
+        loss_scaling=compute == "fp16", recompute=recompute, micro_batch_tokens=micro,
+        steps=len(steps) if steps is not None else recipe.train.steps,
+        samples=len(chosen) if load else None, tokens=tokens,
+        supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
+        targets=found, adapter_fields=fields, budget=budget, free_memory=hardware.free_memory,
+        seconds=_seconds(shape, hardware, compute, recompute, load, tokens) if load and tokens else None,
+        output=recipe.output, output_bytes=_output_bytes(recipe, trained),
+        notes=tuple(remarks), unchecked=tuple(unchecked),
+    )  # fmt: skip
+
+
+def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
+    found = []
+    if hardware.device == "cpu":
+        found.append("no CUDA card here: training runs on the CPU")
+    if compute == "fp16":
+        found.append("fp16 with loss scaling, since this device has no bf16")
+    fields = recipe.adapter.fields
+    reason = "dropout" if fields.get("lora_dropout") else "DoRA" if fields.get("use_dora") else ""
+    if reason:
+        found.append(f"the fused LoRA step is off: {reason}; PEFT's own forward is used")
+    if recipe.adapter.fields.get("modules_to_save"):
+        found.append("modules_to_save are trained whole, in fp32")
+    return found

@@ -79,17 +79,17 @@ def check(section: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
     Every accepted field is present in the result, ``None`` where PEFT's default is None.
     """
     method = section.get("method")
-    if method != METHOD:
-        return {}, [_refused_method("method" in section, method)]
+    if "method" in section and method != METHOD:
+        return {}, [_refused_method(method)]
     known = methods()[METHOD]
     written = {key: value for key, value in section.items() if key != "method"}
-    findings = [_missing(key) for key in REQUIRED if key not in written]
+    findings = [_missing(key) for key in ("method", *REQUIRED) if key not in section]
     for key, value in written.items():
         findings += _field(key, value, known)
     bad = {finding.path[0] for finding in findings}
     findings += _together({key: value for key, value in written.items() if key not in bad})
-    meant = {word for word in REQUIRED for finding in findings if finding.fix == f"did you mean {word!r}?"}
-    findings = [one for one in findings if not (one.path[0] in meant and one.path[0] not in written)]
+    meant = {word for word in ("method", *REQUIRED) for finding in findings if finding.fix == f"did you mean {word!r}?"}
+    findings = [one for one in findings if not (one.path[0] in meant and one.path[0] not in section)]
     return {**defaults(), **written}, findings
 
 
@@ -117,9 +117,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _refused_method(present: bool, method: object) -> Finding:
-    if not present:
-        return Finding(("method",), "missing", f"add 'method: {METHOD}'")
+def _refused_method(method: object) -> Finding:
     if isinstance(method, str) and method in methods():
         return Finding(("method",), f"{method} cannot yet be trained, merged and proven here", f"use {METHOD}")
     if isinstance(method, str):
@@ -136,6 +134,8 @@ def _near_methods(word: str) -> list[str]:
 
 
 def _missing(key: str) -> Finding:
+    if key == "method":
+        return Finding((key,), "missing", f"add 'method: {METHOD}'")
     return Finding((key,), "missing", f"add '{key}:' to this section; it changes what is learned, so it has no default")
 
 
@@ -194,6 +194,9 @@ def _fragment(key: str, known: dict[str, FieldSource]) -> dict[str, Any]:
         "lora_alpha": {"exclusiveMinimum": 0, "maximum": adapter_targets.MAX_ALPHA},
         "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
     }
+    if "anyOf" in fragment:
+        # typing caches Union[A, B] and Union[B, A] as one: without sorting, the order would depend on what ran before.
+        fragment["anyOf"].sort(key=lambda part: (part.get("type") == "null", str(part)))
     return {**fragment, **extra.get(key, {})}
 
 

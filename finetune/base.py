@@ -18,7 +18,7 @@ from finetune import families, manifest
 from finetune.decoder import DecoderShape
 from finetune.errors import Fault, ModelError
 
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HEADER_LIMIT = 100 * 1024 * 1024
 
@@ -56,7 +56,13 @@ class Base:
 
     def files(self) -> list[Path]:
         """The files that decide what the model computes and how text becomes ids."""
-        names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        names = {
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        }
         return [self.folder / name for name in sorted(names | set(self.shards)) if (self.folder / name).is_file()]
 
     def digests(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
@@ -74,7 +80,9 @@ def inspect(folder: Path) -> Base:
     try:
         shape = DecoderShape.from_config(config)
     except KeyError as error:
-        raise ModelError(f"config.json has no {error}", str(folder / "config.json"), "use the folder as published") from None
+        raise ModelError(
+            f"config.json has no {error}", str(folder / "config.json"), "use the folder as published"
+        ) from None
     tensors, faults = _read_headers(folder)
     if not faults:
         faults += _tensor_faults(folder, shape, tensors)
@@ -85,9 +93,7 @@ def inspect(folder: Path) -> Base:
     notes = []
     if "auto_map" in config:
         notes.append("config.json names remote code (auto_map): ignored, nothing from the folder is executed")
-    return Base(
-        folder=folder, config=config, shape=shape, tensors=tensors, stop_token=stop_token, notes=tuple(notes)
-    )
+    return Base(folder=folder, config=config, shape=shape, tensors=tensors, stop_token=stop_token, notes=tuple(notes))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -122,7 +128,10 @@ def _read_headers(folder: Path) -> tuple[dict[str, Tensor], list[Fault]]:
     else:
         pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
         if pickles:
-            what, fix = f"weights are pickled ({pickles[0]}), which can run code", "use the safetensors form of the model"
+            what, fix = (
+                f"weights are pickled ({pickles[0]}), which can run code",
+                "use the safetensors form of the model",
+            )
             return {}, [Fault(what, str(folder), fix)]
         return {}, [Fault("no safetensors weights here", str(folder), "fetch the model again")]
     tensors: dict[str, Tensor] = {}
@@ -154,7 +163,7 @@ def _header(path: Path) -> dict[str, Tensor]:
             continue
         low, high = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        if entry["dtype"] in _DTYPE_BYTES and high - low != math.prod(shape) * _DTYPE_BYTES[entry["dtype"]]:
+        if entry["dtype"] in DTYPE_BYTES and high - low != math.prod(shape) * DTYPE_BYTES[entry["dtype"]]:
             raise ValueError(f"tensor {name} has {high - low} bytes, which is not its shape {list(shape)}")
         end = max(end, high)
         tensors[name] = Tensor(shard=path.name, dtype=entry["dtype"], shape=shape)
@@ -173,7 +182,9 @@ def _tensor_faults(folder: Path, shape: DecoderShape, tensors: dict[str, Tensor]
     for name, size in wanted.items():
         if name in tensors and tensors[name].shape != size:
             what = f"tensor {name} is {list(tensors[name].shape)} where config.json says {list(size)}"
-            faults.append(Fault(what, str(folder / tensors[name].shard), "config.json and weights belong to two models"))
+            faults.append(
+                Fault(what, str(folder / tensors[name].shard), "config.json and weights belong to two models")
+            )
     return faults[:20]
 
 
@@ -197,7 +208,9 @@ def _tokenizer_faults(folder: Path, shape: DecoderShape, stops: tuple[str, ...])
     template = settings.get("chat_template") or (folder / "chat_template.jinja").is_file()
     if not template:
         faults.append(
-            Fault("no chat template", str(folder / "tokenizer_config.json"), "use the chat or instruct form of the model")
+            Fault(
+                "no chat template", str(folder / "tokenizer_config.json"), "use the chat or instruct form of the model"
+            )
         )
     stop = next((token for token in stops if token in added), "")
     if not stop:
@@ -207,4 +220,4 @@ def _tokenizer_faults(folder: Path, shape: DecoderShape, stops: tuple[str, ...])
 
 
 def stored_bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(math.prod(tensor.shape) * _DTYPE_BYTES.get(tensor.dtype, 2) for tensor in tensors.values())
+    return sum(math.prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, 2) for tensor in tensors.values())

@@ -16,7 +16,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 """Tokens of a micro-batch beyond which nothing is gained: dequantisation is below 2 % of a pass (CUDA)."""
 _CHUNK = 1024
-_USABLE = 0.9
+USABLE = 0.9
 _OVERHEAD = {"cuda": 0.9e9, "cpu": 0.9e9}
 """Bytes of the process itself: libraries, CUDA context, allocator's slack."""
 _EFFICIENCY = {"cuda": 0.45, "cpu": 0.45}
@@ -79,17 +79,17 @@ def token_bytes(shape: DecoderShape, compute: str, recompute: str) -> tuple[int,
     return kept, layer + width * 3 * shape.intermediate
 
 
-def _fit(
-    located: Located, shape: DecoderShape, hardware: Hardware, compute: str, trained: int, load: Load | None
+def fit(
+    recipe: Recipe, shape: DecoderShape, hardware: Hardware, compute: str, trained: int, load: Load | None
 ) -> tuple[str, int, Budget]:
     """(recompute, micro-batch tokens, budget): as many tokens at once as fit, recomputing only where it must."""
-    train, quantize = located.recipe.train, located.recipe.quantize
+    train, quantize = recipe.train, recipe.quantize
     weights = weight_bytes(quantize.weights, quantize.double, compute, shape)
     fixed = weights + 16 * trained + int(_OVERHEAD[hardware.device])
     head = _CHUNK * shape.vocab * (4 + 4 + BYTES[compute])
-    room = hardware.free_memory * _USABLE - fixed - head
+    room = hardware.free_memory * USABLE - fixed - head
     dense = 2 * shape.linear_parameters() if hardware.device == "cpu" and quantize.weights in ("nf4", "fp4") else 0
-    generation = dense + _cache_bytes(located.recipe, shape, compute, load)
+    generation = dense + _cache_bytes(recipe, shape, compute, load)
     most = max(train.max_length, _MOST_TOKENS[hardware.device])
     options = ["none", "layers"] if train.recompute == "auto" else [train.recompute]
     for option in options:
@@ -104,7 +104,7 @@ def _fit(
             micro = train.max_length
         if fitting >= micro or last:
             break
-    longest = min(micro, _step_tokens(located.recipe, load) or micro)
+    longest = min(micro, _step_tokens(recipe, load) or micro)
     budget = Budget(
         weights=weights, adapter=4 * trained, gradients=4 * trained, optimizer=8 * trained,
         activations=(kept + live) * longest, head=head, generation=generation,
@@ -131,24 +131,18 @@ def _cache_bytes(recipe: Recipe, shape: DecoderShape, compute: str, load: Load |
     return rows * length * (per_token + 6 * shape.intermediate * BYTES[compute]) + rows * shape.vocab * 8
 
 
-def _seconds(
-    shape: DecoderShape, hardware: Hardware, compute: str, recompute: str, load: Load, tokens: int
-) -> float | None:
-    """Forward 2N + backward 2N (no weight gradients of the base) + recompute 2N, per token, at the step's efficiency."""
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    if hardware.flops is None and hardware.device == "cuda":
+def seconds(shape: DecoderShape, hardware: Hardware, recompute: str, load: Load, tokens: int) -> float | None:
+    """Per token forward 2N, backward 2N (the base has no weight gradients), recompute 2N; None without a known rate."""
+    if hardware.flops is None:
         return None
-    rate = hardware.flops or machine.probe_flops(names[compute])
     linear, head = shape.linear_parameters(), shape.vocab * shape.hidden
     passes = 6 if recompute == "layers" else 4
     share = sum(load.supervised) / sum(load.lengths)
     training = tokens * (passes * linear + 4 * share * head)
     evaluating = load.evaluated_tokens * 2 * linear * (2 if load.generated_rows else 1)
-    return (training + evaluating) / (rate * _EFFICIENCY[hardware.device])
+    return (training + evaluating) / (hardware.flops * _EFFICIENCY[hardware.device])
 
 
-def _output_bytes(recipe: Recipe, trained: int) -> int:
+def output_bytes(recipe: Recipe, trained: int) -> int:
     """Checkpoints hold the adapter and two moments in fp32; one more is being written while the last are kept."""
     return (recipe.train.keep_last + 1) * 12 * trained + 4 * trained + 10_000_000
-
-

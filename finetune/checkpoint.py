@@ -21,7 +21,12 @@ from finetune import manifest
 from finetune.errors import ModelError
 from finetune.runfolder import atomic_folder, json_bytes, remove, sync_folder, write_synced
 
-ADAPTER, CONFIG, OPTIMIZER, STATE = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"
+ADAPTER, CONFIG, OPTIMIZER, STATE = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+    "state.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +123,20 @@ def restore_optimizer(
     """
     owners = {key.rpartition("|")[0] for key in tensors}
     if owners - set(parameters):
-        raise ModelError(f"the optimizer state has {sorted(owners - set(parameters))[0]}, the adapter has not", "checkpoint")
+        raise ModelError(
+            f"the optimizer state has {sorted(owners - set(parameters))[0]}, the adapter has not", "checkpoint"
+        )
     for key, value in tensors.items():
         name, _, entry = key.rpartition("|")
         parameter = parameters[name]
         optimizer.state[parameter][entry] = value if value.ndim == 0 else value.to(parameter.device)
+
+
+def read_adapter(folder: Path) -> Checkpoint:
+    """A finished adapter's weights and config; ``step`` is 0 and there are no moments."""
+    return Checkpoint(
+        step=0,
+        weights=tensors_from((folder / ADAPTER).read_bytes()),
+        config=json.loads((folder / CONFIG).read_bytes()),
+        moments={},
+    )

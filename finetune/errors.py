@@ -62,11 +62,11 @@ class ModelError(FinetuneError):
     label = "model"
 
 
-class EnvironmentFault(FinetuneError):
+class EnvironmentFault(FinetuneError):  # noqa: N818 — EnvironmentError is a builtin
     exit_code = 5
     label = "environment"
 
 
-class Interrupted(FinetuneError):
+class Interrupted(FinetuneError):  # noqa: N818 — an event, as KeyboardInterrupt is
     exit_code = 6
     label = "interrupted"

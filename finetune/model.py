@@ -50,7 +50,8 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return next(self.causal_lm.parameters()).device
+        device: torch.device = next(self.causal_lm.parameters()).device
+        return device
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
         """Last hidden states of packed samples. ids, positions: [1, tokens] → [1, tokens, hidden]."""
@@ -191,7 +192,9 @@ def attach(policy: Policy, fields: dict[str, Any], seed: int) -> Policy:
     try:
         model = get_peft_model(policy.model, LoraConfig(task_type="CAUSAL_LM", **fields))
     except ValueError as error:
-        raise ModelError(f"PEFT cannot attach the adapter: {error}", "adapter", "see `finetune plan` for targets") from None
+        raise ModelError(
+            f"PEFT cannot attach the adapter: {error}", "adapter", "see `finetune plan` for targets"
+        ) from None
     lora_linear.fuse(model)
     return _adapted(policy, model)
 

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune import budget, schedule
-from finetune.decoder import LINEARS, DecoderShape
 from finetune.budget import Budget, Load
+from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import EnvironmentFault, Fault, RecipeError
 from finetune.hardware import Hardware
 from finetune.recipe import Located, Recipe
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -122,7 +123,9 @@ def _selected(name: str, fields: dict[str, Any]) -> bool:
     else:
         hit = any(_matches(name, one, wanted) for one in ([wanted] if isinstance(wanted, str) else wanted))
     if excluded:
-        hit = hit and not any(_matches(name, o, excluded) for o in ([excluded] if isinstance(excluded, str) else excluded))
+        hit = hit and not any(
+            _matches(name, o, excluded) for o in ([excluded] if isinstance(excluded, str) else excluded)
+        )
     layers = fields.get("layers_to_transform")
     if hit and layers is not None:
         number = re.search(r"\.layers\.(\d+)\.", name)
@@ -170,10 +173,10 @@ def make(
         raise RecipeError(what, located.where("train.max_length"), f"at most {shape.max_positions}")
     compute = compute_dtype(recipe, hardware)
     trained = sum(target.adapter_parameters for target in found) + saved_modules(recipe.adapter.fields, shape)
-    recompute, micro, budget = _fit(located, shape, hardware, compute, trained, load)
+    recompute, micro, predicted = budget.fit(recipe, shape, hardware, compute, trained, load)
     remarks = [*notes, *_remarks(recipe, hardware, compute)]
-    if budget.total > hardware.free_memory * _USABLE + budget.overhead:
-        what = f"needs about {budget.total / 1e9:.1f} GB, this machine has {hardware.free_memory / 1e9:.1f} GB free"
+    if predicted.total > hardware.free_memory * budget.USABLE + predicted.overhead:
+        what = f"needs about {predicted.total / 1e9:.1f} GB, this machine has {hardware.free_memory / 1e9:.1f} GB free"
         if on_disk:
             raise EnvironmentFault(what, f"memory of {hardware.name}", "lower train.max_length, or use quantize nf4")
         remarks.append(f"does not fit here: {what}")
@@ -191,9 +194,9 @@ def make(
         steps=len(steps) if steps is not None else recipe.train.steps,
         samples=len(chosen) if load else None, tokens=tokens,
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
-        targets=found, adapter_fields=fields, budget=budget, free_memory=hardware.free_memory,
-        seconds=_seconds(shape, hardware, compute, recompute, load, tokens) if load and tokens else None,
-        output=recipe.output, output_bytes=_output_bytes(recipe, trained),
+        targets=found, adapter_fields=fields, budget=predicted, free_memory=hardware.free_memory,
+        seconds=budget.seconds(shape, hardware, recompute, load, tokens) if load and tokens else None,
+        output=recipe.output, output_bytes=budget.output_bytes(recipe, trained),
         notes=tuple(remarks), unchecked=tuple(unchecked),
     )  # fmt: skip
 

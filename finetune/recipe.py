@@ -202,11 +202,14 @@ def _further(
         return []
     shape = schema()
     meant = recipe_faults.meanings(recipe_faults.unknown_keys(tree, shape), shape)
-    faults = []
+    faults: dict[str, Fault] = {}
+    echoes: dict[str, Fault] = {}
     for path, what, fix in findings:
-        if origins.where(path) not in taken and not (path in meant and what.startswith("missing")):
-            faults.append(Fault(what, origins.where(path), fix))
-    return faults
+        where = origins.where(path)
+        echo = where in taken or (path in meant and what.startswith("missing"))
+        (echoes if echo else faults).setdefault(where, Fault(what, where, fix))
+    # Were nothing else wrong, an echo would have no source: then it is the fault.
+    return list(faults.values()) or ([] if taken else list(echoes.values()))
 
 
 def schema() -> dict[str, Any]:

@@ -19,13 +19,13 @@ _FOUR_BIT = ("nf4", "fp4")
 
 def check(tree: dict[str, Any]) -> Iterator[Finding]:
     """Every fault between keys; a key of the wrong type is skipped here, the models report it."""
+    yield from _variables(tree, ())  # first: only one fault of a key is shown, and a path with $HOME is not "missing"
     yield from _one_of(tree, "train", ("steps", "epochs"))
     yield from _one_of(tree, "train", ("examples_per_step", "tokens_per_step"))
     yield from _train(tree)
     yield from _quantize(tree)
     yield from _evaluate(tree)
     yield from recipe_paths.check(tree)
-    yield from _variables(tree, ())
 
 
 def _one_of(tree: dict[str, Any], section: str, keys: tuple[str, str]) -> Iterator[Finding]:

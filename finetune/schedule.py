@@ -32,14 +32,20 @@ def _stream(rows: int, seed: int, epochs: float) -> Iterator[int]:
 
 
 def steps(
-    lengths: Sequence[int], seed: int, *, count: int | None, epochs: float | None, examples: int | None, tokens: int | None
+    lengths: Sequence[int],
+    seed: int,
+    *,
+    count: int | None,
+    epochs: float | None,
+    examples: int | None,
+    tokens: int | None,
 ) -> list[tuple[int, ...]]:
     """The samples of every step.
 
     Args:
         lengths: tokens of each sample.
         count, epochs: how long: a number of steps, or passes over the data (the last step may be short).
-        examples, tokens: how much per step: a number of samples, or at most so many tokens (never less than one sample).
+        examples, tokens: how much per step: a number of samples, or at most so many tokens (and at least one sample).
     """
     found: list[tuple[int, ...]] = []
     current: list[int] = []
@@ -59,7 +65,7 @@ def steps(
 
 
 def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Split one step's samples, in order, into micro-batches of at most ``limit`` tokens. Returns positions in ``sizes``."""
+    """Split one step's samples, in order, into micro-batches of at most ``limit`` tokens; returns positions."""
     packs: list[list[int]] = []
     room = 0
     for position, size in enumerate(sizes):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-# A 40-digit hexadecimal word counts only when it stands alone: as a path component it is a commit, not a key.
-_SHAPES = re.compile(
-    r"""(?<![A-Za-z0-9])(?:
+_PREFIXED = r"""(?<![A-Za-z0-9])(?:
         hf_[A-Za-z0-9]{16,} | sk-[A-Za-z0-9_-]{20,} | gh[opsur]_[A-Za-z0-9]{20,} | github_pat_[A-Za-z0-9_]{20,}
       | AKIA[0-9A-Z]{16} | wandb_v1_[A-Za-z0-9_]{20,} | xox[abprs]-[A-Za-z0-9-]{10,} | -----BEGIN\ [A-Z\ ]*PRIVATE\ KEY
-      | (?<![/\\_.-])[0-9a-fA-F]{40}(?![A-Za-z0-9/\\_.-])
-    )""",
-    re.VERBOSE,
-)
+    )"""
+# A 40-digit hexadecimal word counts only when it stands alone: as part of a path it is a commit, not a key.
+_SHAPES = re.compile(rf"{_PREFIXED} | (?<![A-Za-z0-9/\\_.-])[0-9a-fA-F]{{40}}(?![A-Za-z0-9/\\_.-])", re.VERBOSE)
+# Faults join words with dots and dashes, so hiding looks less closely at what stands beside it.
+_HIDDEN = re.compile(rf"{_PREFIXED} | (?<![A-Za-z0-9/\\])[0-9a-fA-F]{{40}}(?![A-Za-z0-9/\\])", re.VERBOSE)
 
 
 def spots(text: str) -> Iterator[int]:
@@ -24,4 +23,4 @@ def spots(text: str) -> Iterator[int]:
 
 def mask(text: str) -> str:
     """The text with every credential-shaped part replaced, fit for a screen or a log."""
-    return _SHAPES.sub("(secret)", text)
+    return _HIDDEN.sub("(secret)", text)

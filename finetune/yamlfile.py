@@ -2,8 +2,8 @@
 
 What YAML allows but a recipe never needs is refused, because each of these has silently changed somebody's run: tags,
 anchors and aliases, duplicate keys, more than one document, directives, plain text over several lines, ``012`` and
-``1_000``, NaN and infinity, tabs and look-alike spaces. A bare date stays text. Only ruamel.yaml's parser events are used:
-no object is ever constructed.
+``1_000``, NaN and infinity, tabs and look-alike spaces. A bare date stays text. Built on ruamel.yaml's parser events
+alone: no object is ever constructed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def parse(text: str, source: str) -> Document:
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """YAML text of plain values, in the order given; reading it back gives equal values."""
+    """YAML text of plain values, in the order given; ``parse`` gives equal values, unless a text holds a line end."""
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
@@ -222,6 +222,9 @@ class _Reader:
 
     def _scalar(self, event: ScalarEvent, at: KeyPath) -> Any:
         text: str = event.value
+        if event.style in ("'", '"') and event.end_mark.line > event.start_mark.line:
+            # At once: the parser would stumble much later, over whatever quote it took for the closing one.
+            self._stop(event, "quoted text runs over several lines", "close the quote on its own line")
         if event.style is not None:
             return text
         if event.end_mark.line > event.start_mark.line:

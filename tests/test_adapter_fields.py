@@ -26,7 +26,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when PEFT is imported
 def test_every_method_and_field_of_the_installed_peft() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -43,7 +43,7 @@ def test_every_method_and_field_of_the_installed_peft() -> None:
             assert (source.default is not None) == (written or made), f"{name}.{key}"
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when PEFT is imported
 def test_filled_defaults_make_the_config_that_peft_makes_alone() -> None:
     from peft import LoraConfig
 
@@ -153,7 +153,7 @@ def test_refused(fields: dict[str, Any], path: tuple[Any, ...], words: str) -> N
     assert words in f"{findings[0].what}; {findings[0].fix}"
 
 
-@pytest.mark.parametrize("key", adapter_fields.REQUIRED)
+@pytest.mark.parametrize("key", ["method", *adapter_fields.REQUIRED])
 def test_required_fields_have_no_hidden_default(key: str) -> None:
     section = {name: value for name, value in LORA.items() if name != key}
     _, findings = adapter_fields.check(section)
@@ -161,8 +161,8 @@ def test_required_fields_have_no_hidden_default(key: str) -> None:
 
 
 def test_a_misspelt_required_field_is_not_reported_missing_too() -> None:
-    _, findings = adapter_fields.check({"method": "lora", "lora_rank": 8, "lora_alpa": 16})
-    assert [finding.path for finding in findings] == [("lora_rank",), ("lora_alpa",)]
+    _, findings = adapter_fields.check({"mehtod": "lora", "lora_rank": 8, "lora_alpa": 16})
+    assert [finding.path for finding in findings] == [("mehtod",), ("lora_rank",), ("lora_alpa",)]
 
 
 def test_every_other_method_is_refused_by_name() -> None:

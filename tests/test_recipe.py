@@ -1,4 +1,4 @@
-"""Recipes: every known way of getting one wrong is refused with file, line, column and key; the good ones mean what they say."""
+"""Recipes: every known mistake is refused with file, line, column and key; good ones mean what they say."""
 
 from __future__ import annotations
 
@@ -280,6 +280,8 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:7:3: adapter.use_dora",
         "int8",
     ),
+    "method key typo": (swap("method: lora", "mehtod: lora"), "r.yaml:6:3: adapter.mehtod", "did you mean 'method'?"),
+    "method missing": (swap("  method: lora\n", ""), "r.yaml:5:1: adapter.method", "missing"),
     "other PEFT method": (swap("method: lora", "method: vera"), "r.yaml:6:3: adapter.method", "vera cannot yet"),
 }
 
@@ -308,7 +310,8 @@ def test_all_faults_come_at_once_in_file_order() -> None:
         "r.yaml:23:1",
     ]
     assert [fault for fault in found if fault.startswith("--set")] == [
-        "--set tracker: must be one of trackio, wandb, tensorboard, mlflow, none; found 'wandbb'; did you mean 'wandb'?",
+        "--set tracker: must be one of trackio, wandb, tensorboard, mlflow, none; found 'wandbb'; "
+        "did you mean 'wandb'?",
         "--set train.sede: unknown key; did you mean 'seed'?",
     ]
 
@@ -482,12 +485,12 @@ def test_an_override_given_twice_is_refused() -> None:
 def test_list_of_keys_is_frozen() -> None:
     """A new key is a promise to keep: add it here, to the docs and to a shipped recipe together."""
     adapter = (
-        "method r lora_alpha lora_dropout target_modules exclude_modules use_rslora use_dora rank_pattern alpha_pattern "
-        "init_lora_weights layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out"
+        "method r lora_alpha lora_dropout target_modules exclude_modules use_rslora use_dora rank_pattern "
+        "alpha_pattern init_lora_weights layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out"
     )
     train = (
-        "steps epochs examples_per_step tokens_per_step learning_rate schedule warmup weight_decay max_grad_norm max_length "
-        "micro_batch_tokens recompute save_every keep_last seed workers"
+        "steps epochs examples_per_step tokens_per_step learning_rate schedule warmup weight_decay max_grad_norm "
+        "max_length micro_batch_tokens recompute save_every keep_last seed workers"
     )
     expected: dict[str, str | None] = {
         "extends": None,
@@ -508,7 +511,7 @@ def test_list_of_keys_is_frozen() -> None:
 
 
 def test_committed_schema_is_current() -> None:
-    """Regenerate with: python -c "from finetune import recipe; print(recipe.schema_text(), end='')" > recipes/schema.json"""
+    # python -c "from finetune import recipe; print(recipe.schema_text(), end='')" > recipes/schema.json
     assert (REPOSITORY / "recipes" / "schema.json").read_text() == recipe.schema_text()
 
 

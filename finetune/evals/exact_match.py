@@ -1,4 +1,4 @@
-"""The share of held-out rows whose greedy answer is the right one, character for character (outer white space aside)."""
+"""The share of held-out rows whose greedy answer is right, character for character (outer white space aside)."""
 
 from __future__ import annotations
 

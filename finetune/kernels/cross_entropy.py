@@ -45,7 +45,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total.to(wide(hidden[:1]).dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (None if gradient is None else gradient * grad_output.to(gradient.dtype)), None, None
 
@@ -55,14 +55,15 @@ def summed(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -
 
     A head that is trained, adapted or has a bias goes through the module itself, chunk by chunk with recomputation.
     """
-    weight = getattr(head, "weight", None)
-    plain = isinstance(head, torch.nn.Linear) and head.bias is None and weight is not None and not weight.requires_grad
-    if plain and isinstance(weight, torch.Tensor):
-        return _FrozenHeadLoss.apply(hidden, weight, targets)  # type: ignore[no-untyped-call, no-any-return]
+    if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad:
+        return _FrozenHeadLoss.apply(hidden, head.weight, targets)  # type: ignore[no-untyped-call, no-any-return]
     total = torch.zeros((), dtype=wide(hidden[:1]).dtype, device=hidden.device)
     for low in range(0, len(targets), CHUNK):
         part = slice(low, low + CHUNK)
         total = total + torch.utils.checkpoint.checkpoint(
-            lambda h, t: cross_entropy(wide(head(h)), t, reduction="sum"), hidden[part], targets[part], use_reentrant=False
+            lambda h, t: cross_entropy(wide(head(h)), t, reduction="sum"),
+            hidden[part],
+            targets[part],
+            use_reentrant=False,
         )
     return total

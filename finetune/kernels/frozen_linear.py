@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch.nn.functional import linear
 
@@ -36,8 +36,7 @@ def dense_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) ->
 
 
 def _int8_scales(layer: Any) -> torch.Tensor:
-    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return scales  # type: ignore[no-any-return]
+    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB  # type: ignore[no-any-return]
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -49,7 +48,7 @@ class _FrozenMatmul(torch.autograd.Function):
         return linear(x, dense_weight(layer, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad @ dense_weight(ctx.layer, grad.dtype), None
 
 
@@ -94,3 +93,18 @@ def held_dense(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.held_dense = None
+
+
+def replay(weight: torch.Tensor, weights: str, double: bool) -> torch.Tensor:
+    """A full-precision weight [out, in] as it acted while it was trained against: quantised anew and dequantised.
+
+    From the shard, never from a live layer. ``weight`` comes in the compute dtype, as it did at loading, and so does
+    the result; bit-equal to ``dense_weight`` of the layer that loading makes from it.
+    """
+    if weights in ("nf4", "fp4"):
+        packed, state = quantize_4bit(weight.contiguous(), quant_type=weights, compress_statistics=double)
+        return dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+    if weights == "int8":
+        codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        return dense_int8(codes, scales, weight.dtype)
+    return weight

@@ -38,7 +38,7 @@ class _LoraMatmul(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inner, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
@@ -89,7 +89,11 @@ class FusedLinear8bit(_Fused, Linear8bitLt):  # type: ignore[misc]
     """LoRA on an 8-bit linear."""
 
 
-_FUSED = {Linear: FusedLinear, Linear4bit: FusedLinear4bit, Linear8bitLt: FusedLinear8bit}
+_FUSED: dict[type[torch.nn.Module], Any] = {
+    Linear: FusedLinear,
+    Linear4bit: FusedLinear4bit,
+    Linear8bitLt: FusedLinear8bit,
+}
 
 
 def fuse(model: torch.nn.Module) -> None:

@@ -7,6 +7,7 @@ was packed beside it.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,17 +33,18 @@ def attend(
         [1, heads, tokens, head_dim]
     """
     grouped = query.shape[1] != key.shape[1]
-    lengths = [high - low for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [high - low for low, high in pairwise(bounds)]
     longest = max(lengths)
     if len(lengths) == 1 or sum(lengths) < _FULL * longest * len(lengths):
         blocks = [(query[:, :, low:high], key[:, :, low:high], value[:, :, low:high])
-                  for low, high in zip(bounds[:-1], bounds[1:], strict=True)]  # fmt: skip
+                  for low, high in pairwise(bounds)]  # fmt: skip
         parts = [
-            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped) for q, k, v in blocks
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+            for q, k, v in blocks
         ]
         return torch.cat(parts, dim=2)
     # Samples of like length go through one call. The filling lies behind each sample, where causality hides it.
-    places = [torch.arange(low, high) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    places = [torch.arange(low, high) for low, high in pairwise(bounds)]
     index = pad_sequence(places, batch_first=True).to(query.device)
     real = torch.tensor(lengths, device=query.device)[:, None] > torch.arange(longest, device=query.device)
     q, k, v = (states[0].transpose(0, 1)[index].transpose(1, 2) for states in (query, key, value))

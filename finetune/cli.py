@@ -1,0 +1,196 @@
+"""The command line: each verb calls the pipeline once. The only place that prints an error and picks an exit code.
+
+Imports no torch: ``--help`` and a faulty recipe are answered before any of it loads.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune import __version__
+from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
+from finetune.terminal import Terminal, clean
+
+app = typer.Typer(
+    name="finetune",
+    help="One recipe trains, resumes, judges, merges and proves a LoRA/QLoRA derivative of Qwen-14B.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override a key: --set train.steps=20", metavar="KEY=VALUE")
+]
+RunPath = Annotated[Path, typer.Argument(help="the run's folder (`output:` of its recipe)", show_default=False)]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of a failure")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+_debug = False
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+) -> None:
+    """Check a recipe, its data and its model, and say what a run would do and cost."""
+    _check_recipe(recipe, set_)
+    from finetune import pipeline
+
+    made = pipeline.plan(recipe, set_ or (), Terminal(quiet=as_json) if not as_json else _silent())
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=2))
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    extend: Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")] = False,
+) -> None:
+    """Run a recipe, or go on with it where it was interrupted."""
+    _check_recipe(recipe, set_)
+    from finetune import pipeline
+
+    pipeline.train(recipe, set_ or (), Terminal(), extend=extend)
+
+
+@app.command(name="eval")
+def eval_(run: RunPath) -> None:
+    """Judge a finished run: its base and its adapter on the held-out rows."""
+    from finetune import pipeline
+
+    pipeline.evaluate_run(run, Terminal())
+
+
+@app.command()
+def merge(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
+    base: Annotated[
+        str, typer.Option("--base", help="replayed (as trained against) or original (as published)")
+    ] = "replayed",
+) -> None:
+    """Fold a run's adapter into its base, and prove that the result is the trained model."""
+    if base not in ("replayed", "original"):
+        raise typer.BadParameter("must be replayed or original", param_hint="--base")
+    from finetune import pipeline
+
+    pipeline.merge_run(run, out, base, Terminal())
+
+
+@app.command()
+def chat(run: RunPath) -> None:
+    """Talk to a finished run's model, or to a merged folder."""
+    from finetune import chat
+
+    chat.talk(run, Terminal())
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[Path, typer.Argument(help="the folder that holds the runs")] = Path("runs"),
+    port: Annotated[int, typer.Option("--port", help="0 takes the first free one")] = 0,
+) -> None:
+    """Open the local dashboard of all runs, on this machine only."""
+    from finetune import dashboard
+
+    dashboard.show(runs, port, Terminal())
+
+
+@app.command(name="schema")
+def schema_() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from finetune import recipe
+
+    typer.echo(json.dumps(recipe.schema(), indent=2))
+
+
+@app.command(hidden=True)
+def summary(run: RunPath, began: float) -> None:
+    """The closing lines of ``make quickstart``; ``began`` is a Unix time."""
+    from finetune import pipeline
+
+    pipeline.summary(run, time.time() - began, Terminal())
+
+
+def _check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
+    """Refuse a faulty recipe before torch is imported."""
+    from finetune import recipe as recipes
+
+    recipes.load(recipe, overrides or ())
+
+
+def _silent() -> Terminal:
+    import io
+
+    return Terminal(out=io.StringIO(), quiet=True)
+
+
+def main_in_process(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; errors go to stderr as one message, never a traceback."""
+    try:
+        app(list(arguments), standalone_mode=False)
+    except FinetuneError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return _report(Interrupted("stopped on request", fix="the same command goes on from here"))
+    except OSError as error:
+        fault = EnvironmentFault(error.strerror or str(error), str(error.filename or ""), "mend that and run again")
+        return _report(fault)
+    except typer.Exit as done:
+        return int(done.exit_code)
+    except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
+        return _unexpected(error)
+    return 0
+
+
+def _unexpected(error: Exception) -> int:
+    """Usage errors of the command line explain themselves; anything else is a defect of ours and says so."""
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if callable(show) and isinstance(code, int):
+        show()
+        return code
+    if _debug:
+        traceback.print_exc()
+    else:
+        text = clean(f"{type(error).__name__}: {error}")
+        sys.stderr.write(
+            f"unexpected failure: {text}\n  run with `finetune --debug …` for the traceback, and report it\n"
+        )
+    return 70
+
+
+def _report(error: FinetuneError) -> int:
+    if _debug:
+        traceback.print_exception(error)
+    for what, where, fix in error.faults:
+        place = f"{where}: " if where else ""
+        sys.stderr.write(f"{error.label}: {clean(place + what, 600)}{'; ' + clean(fix, 400) if fix else ''}\n")
+    return error.exit_code
+
+
+def main() -> None:
+    """The ``finetune`` command."""
+    sys.exit(main_in_process(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""What a run is: recipe, data, base and machine, written at its start and compared when it goes on.
+
+The first three must be equal, or the result would be a mixture that no recipe describes. A different machine or
+library is allowed and said, because the bits may then differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import DataError, EnvironmentFault, Fault, FinetuneError, ModelError, RecipeError
+from finetune.runfolder import read_json, write_json
+
+LENGTHS = ("train.steps", "train.epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """``recipe``: flat keys and values. ``data``, ``base``: file → sha-256. ``resolved``: what ``auto`` became."""
+
+    recipe: dict[str, Any]
+    data: dict[str, str]
+    base: dict[str, str]
+    resolved: dict[str, Any]
+    environment: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+
+def read(path: Path) -> Identity | None:
+    """The stored identity; None where no run has begun.
+
+    Raises:
+        EnvironmentFault: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    stored = read_json(path)
+    try:
+        return Identity(**stored)
+    except TypeError:
+        raise EnvironmentFault(
+            "this run's identity cannot be read", str(path), "give the recipe another `output:`, or remove the folder"
+        ) from None
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list[str]:
+    """Refuse another recipe, data or base; return what to say about another machine.
+
+    Raises:
+        RecipeError, DataError, ModelError: with each key or file that differs.
+    """
+    keys = [key for key in _differences(old.recipe, new.recipe) if not (extend and key in LENGTHS)]
+    faults = [
+        Fault(f"was {old.recipe.get(key)!r}, is {new.recipe.get(key)!r} now", f"{folder}: {key}", _fix(key))
+        for key in keys
+    ]
+    _raise(RecipeError, faults)
+    _raise(DataError, _changed(old.data, new.data))
+    _raise(ModelError, _changed(old.base, new.base))
+    machine = _differences(old.environment, new.environment)
+    return [
+        f"{key} was {old.environment.get(key)} and is {new.environment.get(key)} now: "
+        "the run goes on, but its bits will differ from an unbroken one"
+        for key in machine
+        if key != "threads"
+    ]
+
+
+def _fix(key: str) -> str:
+    if key in LENGTHS:
+        return "add --extend to lengthen this run, or give another `output:`"
+    return "put it back to go on with this run, or give another `output:`"
+
+
+def _changed(old: dict[str, str], new: dict[str, str]) -> list[Fault]:
+    return [
+        Fault("this file is not the one that the run began with", name, "put it back, or give another `output:`")
+        for name in _differences(old, new)
+    ]
+
+
+def _raise(kind: type[FinetuneError], faults: list[Fault]) -> None:
+    if faults:
+        raise kind.of(faults)

@@ -1,0 +1,51 @@
+"""SIGTERM and Ctrl-C as requests: finish the step, save, leave with exit code 6. A second one leaves at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from finetune.errors import Interrupted
+
+
+class StopRequest:
+    """Whether somebody asked to stop. Outside ``deferred`` a request raises ``Interrupted`` on the spot."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferring = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(Interrupted.exit_code)
+        self.requested = True
+        if not self._deferring:
+            raise self.interrupted()
+
+    @staticmethod
+    def interrupted(detail: str = "nothing is lost") -> Interrupted:
+        return Interrupted(f"stopped on request; {detail}", fix="the same command goes on from here")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a request only sets ``requested``: for work that must not be cut in two."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Listen while inside; afterwards the former handlers are back."""
+    request = StopRequest()
+    former = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+"""Is the merged folder the model that was trained? Both answer the same rows, and the answers are compared.
+
+The live model is the adapter on the base as trained; the merged one is loaded from the disk by plain transformers.
+Compared are the whole next-token distributions at the supervised positions: mean KL divergence, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.kernels.cross_entropy import wide
+from finetune.objectives import sft
+
+if TYPE_CHECKING:
+    from finetune.dataset import Example
+    from finetune.model import Policy
+
+MEAN_KL = {"replayed": 1e-3, "original": 0.1}
+"""The bounds. Into the published weights of a 4-bit run the model moves by design; then only nonsense is refused."""
+_POSITIONS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The comparison's figures: KL in nats over ``positions``, and how often the best token agrees."""
+
+    mean_kl: float
+    max_kl: float
+    agreement: float
+    positions: int
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.mean_kl <= self.bound
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"holds": self.holds}
+
+
+def distributions(policy: Policy, examples: Sequence[Example]) -> torch.Tensor:
+    """Log-probabilities at the first supervised positions of the examples. → [positions, vocabulary], fp32."""
+    found: list[torch.Tensor] = []
+    count = 0
+    with policy.evaluating():
+        for example in examples:
+            batch = sft.collate([example]).to(policy.device)
+            hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
+            logits = wide(policy.head(hidden[batch.predictors]))
+            found.append(logits.log_softmax(dim=-1).cpu())
+            count += len(batch.targets)
+            if count >= _POSITIONS:
+                break
+    return torch.cat(found)[:_POSITIONS]
+
+
+def compare(live: torch.Tensor, merged: torch.Tensor, choice: str) -> Proof:
+    """KL(live ‖ merged) per position. Both [positions, vocabulary] log-probabilities."""
+    divergence = (live.exp() * (live - merged)).sum(dim=-1)
+    mean = float(divergence.mean())
+    return Proof(
+        mean_kl=mean if mean == mean else float("inf"),
+        max_kl=float(divergence.max()) if mean == mean else float("inf"),
+        agreement=float((live.argmax(-1) == merged.argmax(-1)).float().mean()),
+        positions=len(live),
+        bound=MEAN_KL[choice],
+    )
+
+
+def mark_unusable(folder: Path) -> None:
+    """Take the name from the config, so that nothing loads the folder by accident."""
+    (folder / "config.json").rename(folder / "config.json.unusable")

@@ -1,0 +1,52 @@
+"""A plan as text: what will be trained, at what cost, what was chosen and what was not checked."""
+
+from __future__ import annotations
+
+from finetune.plan import Plan
+from finetune.terminal import duration, size
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan, ready to print."""
+    lines = [
+        f"model      {plan.model} ({plan.family}, {plan.parameters / 1e6:,.0f} M parameters)",
+        f"device     {plan.device_name} ({plan.device}), {size(plan.free_memory)} free",
+        f"base       {plan.weights}{' double' if plan.double and plan.weights in ('nf4', 'fp4') else ''}, "
+        f"products in {plan.compute}{' with loss scaling' if plan.loss_scaling else ''}",
+        "",
+        f"{'target':<12}{'modules':>8}{'shape':>16}{'base':>12}{'adapter':>12}{'MB':>8}",
+    ]
+    for target in plan.targets:
+        shape = f"{target.shape[0]}×{target.shape[1]}"
+        megabytes = target.adapter_parameters * 4 / 1e6
+        lines.append(
+            f"{target.module:<12}{target.count:>8}{shape:>16}{target.base_parameters / 1e6:>10.1f} M"
+            f"{target.adapter_parameters / 1e6:>10.2f} M{megabytes:>8.1f}"
+        )
+    lines += ["", *_memory(plan), "", *_course(plan)]
+    lines += [f"note       {note}" for note in plan.notes]
+    lines += [f"unchecked  {what}" for what in plan.unchecked]
+    return lines
+
+
+def _memory(plan: Plan) -> list[str]:
+    budget = plan.budget
+    parts = [
+        f"{name} {size(value)}"
+        for name in ("weights", "adapter", "gradients", "optimizer", "activations", "head", "generation", "overhead")
+        if (value := getattr(budget, name))
+    ]
+    return [f"memory     {size(budget.total)} predicted peak", f"           {', '.join(parts)}"]
+
+
+def _course(plan: Plan) -> list[str]:
+    steps = "steps unknown" if plan.steps is None else f"{plan.steps} steps"
+    tokens = "" if plan.tokens is None else f", {plan.samples} samples, {plan.tokens:,} tokens"
+    supervised = "" if plan.supervised_tokens is None else f" ({plan.supervised_tokens:,} supervised)"
+    time = "unknown" if plan.seconds is None else f"about {duration(plan.seconds)} (predicted)"
+    return [
+        f"course     {steps}{tokens}{supervised}",
+        f"batches    at most {plan.micro_batch_tokens} tokens at once, recompute {plan.recompute}",
+        f"time       {time}",
+        f"writes     {plan.output}: checkpoints and adapter, up to {size(plan.output_bytes)}",
+    ]

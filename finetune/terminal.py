@@ -1,0 +1,91 @@
+"""What a person sees: lines, one live status line with ETA, sizes and times in readable units.
+
+Sample text is somebody else's data: control characters, terminal escapes and direction marks are taken out before
+anything is printed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from dataclasses import dataclass, field
+from typing import TextIO
+
+_EVERY = 10.0
+"""Seconds between status lines where there is no terminal to redraw (a log file, CI)."""
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """Printable text on one line: other characters become spaces."""
+    kept = "".join(char if char.isprintable() and unicodedata.category(char) != "Cf" else " " for char in text)
+    return kept if len(kept) <= limit else kept[: limit - 1] + "…"
+
+
+def size(count: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+@dataclass
+class Terminal:
+    """Lines and one status line on ``out``; ``quiet`` keeps only the lines."""
+
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    quiet: bool = False
+    _last: float = 0.0
+    _width: int = 0
+
+    def say(self, text: str = "") -> None:
+        self._erase()
+        self.out.write(text + "\n")
+        self.out.flush()
+
+    def status(self, text: str, *, last: bool = False) -> None:
+        """Redraw the status line; on something that is not a terminal, print it every few seconds and at the end."""
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if self.out.isatty():
+            self.out.write("\r" + text.ljust(self._width))
+            self._width = len(text)
+            if last:
+                self.out.write("\n")
+                self._width = 0
+            self.out.flush()
+        elif last or now - self._last >= _EVERY:
+            self._last = now
+            self.out.write(text + "\n")
+            self.out.flush()
+
+    def _erase(self) -> None:
+        if self._width:
+            self.out.write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+
+@dataclass
+class Progress:
+    """Done of a known whole, with an ETA from the pace so far."""
+
+    terminal: Terminal
+    label: str
+    began: float = field(default_factory=time.monotonic)
+    start: int = 0
+
+    def __call__(self, done: int, of: int, extra: str = "") -> None:
+        spent = time.monotonic() - self.began
+        worked = done - self.start
+        eta = f"  ETA {duration(spent / worked * (of - done))}" if worked > 0 and done < of else ""
+        self.terminal.status(f"{self.label} {done}/{of}{'  ' + extra if extra else ''}{eta}", last=done >= of)

@@ -6,9 +6,11 @@ Imports no torch: ``--help`` and a faulty recipe are answered before any of it l
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -191,6 +193,13 @@ def _report(error: FinetuneError) -> int:
     return error.exit_code
 
 
+def _quiet_libraries() -> None:
+    """Chatter of the libraries below that a user can do nothing about. Errors stay errors: they are raised."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def main() -> None:
     """The ``finetune`` command."""
+    _quiet_libraries()
     sys.exit(main_in_process(sys.argv[1:]))

@@ -131,7 +131,9 @@ def load_base(base: Base, form: BaseForm) -> Policy:
         EnvironmentFault: the device's memory is too small.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             base.folder,

@@ -79,7 +79,8 @@ def parse(text: str, source: str) -> Document:
     try:
         value = reader.document(_events(text))
     except MarkedYAMLError as error:
-        open_end = "stream" in str(error.problem)  # then the place to mend is where the bracket or quote opened
+        # An open bracket or quote is to be mended where it opened, not where the parser gave up.
+        open_end = "stream" in str(error.problem) or "simple key" in str(error.context)
         mark = error.context_mark if open_end and error.context_mark else error.problem_mark
         raise RecipeError(_problem(error), str(_origin(source, mark)), _SYNTAX_FIX) from None
     except YAMLError:

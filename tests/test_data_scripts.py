@@ -31,8 +31,8 @@ TEXTS = [
 
 def rows(path: Path) -> list[tuple[str, str]]:
     messages = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
-    assert all([message["role"] for message in pair] == ["user", "assistant"] for pair in messages)
-    return [(pair[0]["content"], pair[1]["content"]) for pair in messages]
+    assert all([turn["role"] for turn in turns] == ["system", "user", "assistant"] for turns in messages)
+    return [(turns[1]["content"], turns[2]["content"]) for turns in messages]
 
 
 # ── the dates task ────────────────────────────────────────────────────────
@@ -69,7 +69,7 @@ def test_every_month_of_every_form_and_locale_is_trained(dates: Path, script: Sc
     for text, answer in rows(dates / "train.jsonl"):
         day = date.fromisoformat(answer)
         for locale, form in itertools.product(make.LOCALES, make.FORMS):
-            if text == make.PROMPT.format(text=format_date(day, form, locale=locale)):
+            if text == format_date(day, form, locale=locale):
                 seen.add((locale, form, day.month))
     assert seen == set(itertools.product(make.LOCALES, make.FORMS, range(1, 13)))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune import recipe
-from tests import recipe_edits
+from tests import recipe_edits, recipe_judge
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -24,16 +24,16 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def sweep(count: int, seed: int) -> recipe_edits.Tally:
+def sweep(count: int, seed: int) -> recipe_judge.Tally:
     """Judge ``count`` edits, shared out evenly over the shipped recipes."""
-    tally = recipe_edits.Tally()
+    tally = recipe_judge.Tally()
     file = Path("edited.yaml")
     for number, path in enumerate(RECIPES):
         original = recipe.load(path)
         share = (count + number) // len(RECIPES)
         for edit in recipe_edits.edits(path.read_text(), share, seed + number):
             start = time.perf_counter()
-            verdict = recipe_edits.judge(edit, file, original)
+            verdict = recipe_judge.judge(edit, file, original)
             tally.slowest = max(tally.slowest, time.perf_counter() - start)
             tally.kinds[edit.kind] += 1
             if verdict in ("refused", "same", "one_key"):
@@ -76,4 +76,4 @@ def test_the_judge_notices_a_loader_that_forgives(monkeypatch: pytest.MonkeyPatc
     edit = recipe_edits.Edit("key typo", text.replace("learning_rate:", "lerning_rate:"), line.number, line.path)
     forgiven = original.model_copy(update={"train": original.train.model_copy(update={"learning_rate": 0.5})})
     monkeypatch.setattr(recipe, "load", lambda file: forgiven)
-    assert "accepted" in recipe_edits.judge(edit, Path("edited.yaml"), original)
+    assert "accepted" in recipe_judge.judge(edit, Path("edited.yaml"), original)

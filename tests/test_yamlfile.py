@@ -74,6 +74,7 @@ REFUSED = {
     "underscore": ("a: 1_000\n", "f:1:4: a", "_"),
     "huge number": (f"a: {'9' * 5000}\n", "f:1:4: a", "digits"),
     "many lines": ("a: b\n  c\n", "f:1:4: a", "several lines"),
+    "quote before a key": ("a: 1\n'b: 1 # it\nc: 1 # it's\n", "f:2:1", "not valid YAML"),
     "stray quote": ("a: 'x # it\nb: 1 # it's\n", "f:1:4", "several lines"),
     "number as key": ("1: a\n", "f:1:1: 1", "plain word"),
     "null as key": ("~: a\n", "f:1:1: ~", "plain word"),

@@ -25,7 +25,7 @@ LOCALES = ("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "tr", "id
 FORMS = ("full", "long", "medium")
 FIRST, LAST = date(1950, 1, 1), date(2049, 12, 31)
 TRAIN_ROWS, EVAL_ROWS = 2400, 200
-PROMPT = "Give the date in ISO 8601 form: {text}"
+TASK = "Give the date in ISO 8601 form."
 LICENSE_HEAD = """\
 The rows in train.jsonl and eval.jsonl hold dates formatted with the locale data of Unicode CLDR, taken from the Python
 package babel {version}. CLDR data is under the Unicode License v3 and babel under the BSD 3-Clause licence; both texts
@@ -89,9 +89,9 @@ def rows_of(seed: int, split: str, count: int, kinds: Kinds, dates: dict[int, It
         month = (turn // len(forms) + 5 * (turn % len(forms)) + 7 * (index % len(LOCALES))) % 12 + 1
         day = next(dates[month])
         text = format_date(day, forms[turn % len(forms)], locale=locale)
-        question = {"role": "user", "content": PROMPT.format(text=text)}
-        answer = {"role": "assistant", "content": day.isoformat()}
-        lines.append(json.dumps({"messages": [question, answer]}, ensure_ascii=False))
+        turns = {"system": TASK, "user": text, "assistant": day.isoformat()}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
     return sorted(lines, key=lambda line: rank(seed, split, line))
 
 

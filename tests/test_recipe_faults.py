@@ -1,0 +1,297 @@
+"""Every known way of getting a recipe wrong is refused with file, line, column and key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.recipe_text import BASE, faults_of
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with data files, in which a recipe's relative paths start."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text(f'{{"{name}": 1}}\n')
+    return tmp_path
+
+
+def swap(old: str, new: str) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        assert text.count(old) == 1, old
+        return text.replace(old, new)
+
+    return edit
+
+
+HEX40 = "0123456789abcdef0123456789abcdef01234567"
+
+# name → edit of BASE, where the fault must point, words it must hold
+CATALOGUE: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "1 unknown key": (
+        swap("learning_rate", "learning_rte"),
+        "r.yaml:15:3: train.learning_rte",
+        "mean 'learning_rate'?",
+    ),
+    "2 synonym of a key": (swap("  r: 8", "  lora_rank: 8"), "r.yaml:7:3: adapter.lora_rank", "did you mean 'r'?"),
+    "2 synonym lr": (swap("learning_rate", "lr"), "r.yaml:15:3: train.lr", "did you mean 'learning_rate'?"),
+    "3 rate in quotes": (swap("2e-3", "'1e-4'"), "r.yaml:15:3: train.learning_rate", "write it without quotes"),
+    "4 rate fast": (
+        swap("2e-3", "fast"),
+        "r.yaml:15:3: train.learning_rate",
+        "a number, above 0, at most 1; found 'fast'",
+    ),
+    "5 rate NaN": (swap("2e-3", ".nan"), "r.yaml:15:18: train.learning_rate", "not a finite number"),
+    "6 rate negative": (swap("2e-3", "-2e-3"), "r.yaml:15:3: train.learning_rate", "found -0.002"),
+    "7 rate 1e9": (swap("2e-3", "1e9"), "r.yaml:15:3: train.learning_rate", "at most 1"),
+    "8 batch 0": (swap("step: 8", "step: 0"), "r.yaml:14:3: train.examples_per_step", "at least 1"),
+    "9 accumulation": (
+        swap("  seed: 7", "  gradient_accumulation_steps: -2"),
+        "r.yaml:19:3: train.gradient_accumulation_steps",
+        "unknown key",
+    ),
+    "10 length 1": (swap("length: 256", "length: 1"), "r.yaml:18:3: train.max_length", "at least 8"),
+    "11 rank 0": (swap("r: 8\n  lora", "r: 0\n  lora"), "r.yaml:7:3: adapter.r", "from 1"),
+    "12 all targets misspelt": (
+        swap("  r: 8", "  target_modules: [qproj]\n  r: 8"),
+        "r.yaml:7:20: adapter.target_modules[0]",
+        "did you mean 'q_proj'?",
+    ),
+    "13 half the targets misspelt": (
+        swap("  r: 8", "  target_modules:\n  - q_proj\n  - v_porj\n  r: 8"),
+        "r.yaml:9:5: adapter.target_modules[1]",
+        "did you mean 'v_proj'?",
+    ),
+    "14 dropout 2": (swap("  r: 8", "  lora_dropout: 2.0\n  r: 8"), "r.yaml:7:3: adapter.lora_dropout", "below 1"),
+    "15 batch 2.5": (swap("step: 8", "step: 2.5"), "r.yaml:14:3: train.examples_per_step", "found 2.5"),
+    "16 two weight formats": (
+        swap("nf4\n", "[nf4, int8]\n"),
+        "r.yaml:3:3: quantize.weights",
+        "one of nf4, fp4, int8, bf16, fp16, fp32; found a list",
+    ),
+    "17 4-bit option without 4 bits": (
+        swap("nf4\n  double: true", "bf16\n  double: false"),
+        "r.yaml:4:3: quantize.double",
+        "no meaning with 'bf16'",
+    ),
+    "18 optimizer": (swap("  seed: 7", "  optimizer: adamw"), "r.yaml:19:3: train.optimizer", "unknown key"),
+    "18 schedule typo": (swap(": linear", ": cosin"), "r.yaml:16:3: train.schedule", "did you mean 'cosine'?"),
+    "18 weights typo": (swap(": nf4", ": nf5"), "r.yaml:3:3: quantize.weights", "did you mean 'nf4'?"),
+    "18 key typo": (swap("schedule", "sechdule"), "r.yaml:16:3: train.sechdule", "did you mean 'schedule'?"),
+    "19 data type typo": (swap("data:\n", "data:\n  format: chta\n"), "r.yaml:10:3: data.format", "mean 'chat'?"),
+    "19 data path missing": (swap("train.jsonl", "tain.jsonl"), "r.yaml:10:3: data.train_path", "mean 'train.jsonl'?"),
+    "20 fraction 2": (
+        swap("eval_path: eval.jsonl", "eval_fraction: 2.0"),
+        "r.yaml:11:3: data.eval_fraction",
+        "above 0, below 1",
+    ),
+    "21 yes as bool": (swap("double: true", 'double: "yes"'), "r.yaml:4:3: quantize.double", "true or false"),
+    "22 duplicate key": (swap("  seed: 7", "  seed: 7\n  warmup: 3"), "r.yaml:20:3: train.warmup", "first on line 17"),
+    "23 tab": (swap("  seed: 7", "\tseed: 7"), "r.yaml:19:1", "tab character"),
+    "24 no": (swap("double: true", "double: no"), "r.yaml:4:3: quantize.double", "found 'no'"),
+    "24 010": (swap("steps: 12", "steps: 010"), "r.yaml:13:10: train.steps", "octal"),
+    "24 1:30": (swap("steps: 12", "steps: 1:30"), "r.yaml:13:3: train.steps", "found '1:30'"),
+    "24 date": (swap("steps: 12", "steps: 2026-11-24"), "r.yaml:13:3: train.steps", "found '2026-11-24'"),
+    "25 alias bomb": (
+        lambda text: f"a: &a [x, x]\nb: &b [{', '.join(['*a'] * 9)}]\nc: [{', '.join(['*b'] * 9)}]\n" + text,
+        "r.yaml:1:4: a",
+        "anchor",
+    ),
+    "26 recursive alias": (swap("[loss, exact_match]", "&x [*x]"), "r.yaml:21:12: evaluate.metrics", "anchor"),
+    "27 object tag": (swap("seed: 7", "seed: !!python/object:os.x 7"), "r.yaml:19:9: train.seed", "tag"),
+    "28 NBSP": (lambda text: text.replace(" ", "\u00a0"), "r.yaml:1:7", "U+00A0"),
+    "29 empty file": (lambda text: "", "r.yaml:1:1", "empty"),
+    "29 list at root": (lambda text: "- a\n", "r.yaml:1:1", "mapping"),
+    "30 two documents": (lambda text: f"{text}---\n{text}", "r.yaml:24:1", "second document"),
+    "31 secret": (swap(": none", ": hf_ABCDEFGHIJKLMNOPQRSTUVWX"), "r.yaml:22:10", "shaped like a secret"),
+    "31 secret in a comment": (swap(": none", f": none # {HEX40}"), "r.yaml:22:17", "shaped like a secret"),
+    "32 parent folder": (swap("runs/tiny", "../tiny"), "r.yaml:23:1: output", "must not contain .."),
+    "32 URL as output": (swap("runs/tiny", "s3://b/tiny"), "r.yaml:23:1: output", "URL"),
+    "32 URL as model": (swap("Qwen/Qwen2.5-14B", "https://a.b/c"), "r.yaml:1:1: model", "URL"),
+    "32 URL as data": (swap("train.jsonl", "hf://a/b.jsonl"), "r.yaml:10:3: data.train_path", "URL"),
+    "33 ${VAR}": (swap("runs/tiny", "${HOME}/tiny"), "r.yaml:23:1: output", ""),
+    "33 $VAR": (swap("train.jsonl", "$DATA/train.jsonl"), "r.yaml:10:3: data.train_path", ""),
+}
+
+
+@pytest.mark.usefixtures("work")
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_catalogue_of_bad_recipes(name: str) -> None:
+    edit, where, words = CATALOGUE[name]
+    found = faults_of(edit(BASE))
+    matching = [fault for fault in found if fault.startswith(f"{where}: ") and words in fault]
+    assert matching, "\n".join(found)
+    if not name.startswith("31"):
+        # one mistake, one line: no echo of it elsewhere
+        assert len(found) == 1 or name.startswith(("25", "26")), "\n".join(found)
+
+
+MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "steps and epochs": (swap("  seed: 7", "  epochs: 1"), "r.yaml:19:3: train.epochs", "together with steps"),
+    "neither": (swap("  steps: 12\n", ""), "r.yaml:12:1: train.steps", "steps or epochs must be given"),
+    "two batch sizes": (
+        swap("  seed: 7", "  tokens_per_step: 512"),
+        "r.yaml:19:3: train.tokens_per_step",
+        "together with examples_per_step",
+    ),
+    "two eval sources": (
+        swap("eval.jsonl\n", "eval.jsonl\n  eval_fraction: 0.1\n"),
+        "r.yaml:12:3: data.eval_fraction",
+        "together with eval_path",
+    ),
+    "warmup": (swap("warmup: 2", "warmup: 13"), "r.yaml:17:3: train.warmup", "must not exceed steps (12)"),
+    "tokens below length": (
+        swap("examples_per_step: 8", "tokens_per_step: 255"),
+        "r.yaml:14:3: train.tokens_per_step",
+        "max_length (256)",
+    ),
+    "micro batch": (
+        swap("  seed: 7", "  micro_batch_tokens: 255"),
+        "r.yaml:19:3: train.micro_batch_tokens",
+        "max_length (256)",
+    ),
+    "micro batch word": (
+        swap("  seed: 7", "  micro_batch_tokens: atuo"),
+        "r.yaml:19:3: train.micro_batch_tokens",
+        "did you mean 'auto'?",
+    ),
+    "many steps": (swap("steps: 12", "steps: 10000001"), "r.yaml:13:3: train.steps", "at most 10000000"),
+    "bool for int": (swap("seed: 7", "seed: true"), "r.yaml:19:3: train.seed", "found true"),
+    "bool for float": (swap("2e-3", "true"), "r.yaml:15:3: train.learning_rate", "found true"),
+    "whole float for int": (swap("steps: 12", "steps: 12.0"), "r.yaml:13:3: train.steps", "a whole number"),
+    "decay": (swap("seed: 7", "weight_decay: 1.5"), "r.yaml:19:3: train.weight_decay", "at most 1"),
+    "clip 0": (swap("seed: 7", "max_grad_norm: 0"), "r.yaml:19:3: train.max_grad_norm", "above 0"),
+    "new tokens 0": (
+        swap("evaluate:\n", "evaluate:\n  max_new_tokens: 0\n"),
+        "r.yaml:21:3: evaluate.max_new_tokens",
+        "at least 1",
+    ),
+    "metric typo": (swap("exact_match", "exact_mach"), "r.yaml:21:19: evaluate.metrics[1]", "mean 'exact_match'?"),
+    "metric without rows": (
+        swap("  eval_path: eval.jsonl\n", ""),
+        "r.yaml:20:19: evaluate.metrics[1]",
+        "needs held-out rows",
+    ),
+    "every without rows": (
+        lambda text: text.replace("  eval_path: eval.jsonl\n", "").replace("[loss, exact_match]", "[loss]\n  every: 5"),
+        "r.yaml:21:3: evaluate.every",
+        "no held-out rows",
+    ),
+    "empty metrics": (swap("[loss, exact_match]", "[]"), "r.yaml:21:3: evaluate.metrics", "a list"),
+    "section missing": (lambda text: text[: text.index("evaluate")], "r.yaml:1:1: output", "missing"),
+    "key missing": (swap("  max_length: 256\n", ""), "r.yaml:12:1: train.max_length", "missing"),
+    "adapter missing": (
+        swap("adapter:\n  method: lora\n  r: 8\n  lora_alpha: 16\n", ""),
+        "r.yaml:1:1: adapter",
+        "missing",
+    ),
+    "empty section": (
+        swap("quantize:\n  weights: nf4\n  double: true\n", "quantize:\n"),
+        "r.yaml:2:1: quantize",
+        "a section of 'key: value' lines; found nothing",
+    ),
+    "list for a section": (
+        swap("adapter:\n  method: lora\n  r: 8\n  lora_alpha: 16\n", "adapter: [lora]\n"),
+        "r.yaml:5:1: adapter",
+        "a section",
+    ),
+    "key in the wrong section": (
+        swap("evaluate:\n", "evaluate:\n  schedule: wsd\n"),
+        "r.yaml:21:3: evaluate.schedule",
+        "move it under 'train:'",
+    ),
+    "root key in a section": (swap("  seed: 7", "  tracker: none"), "r.yaml:19:3: train.tracker", "left margin"),
+    "nearest key is elsewhere": (
+        swap("  seed: 7", "  max_new_token: 7"),
+        "r.yaml:19:3: train.max_new_token",
+        "did you mean 'evaluate.max_new_tokens'?",
+    ),
+    "same data": (
+        swap(": eval.jsonl", ": ./train.jsonl"),
+        "r.yaml:11:3: data.eval_path",
+        "is the file that is trained on",
+    ),
+    "data is a folder": (swap(": train.jsonl", ": ."), "r.yaml:10:3: data.train_path", "is a folder"),
+    "data in home": (swap(": train.jsonl", ": ~/t"), "r.yaml:10:3: data.train_path", "~ is not expanded"),
+    "data empty": (swap(": train.jsonl", ": ''"), "r.yaml:10:3: data.train_path", "empty"),
+    "data too long": (swap(": train.jsonl", f": {'a' * 5000}"), "r.yaml:10:3: data.train_path", "no such file"),
+    "data NUL": (swap(": train.jsonl", ': "a\\0b"'), "r.yaml:10:3: data.train_path", "control character"),
+    "output empty": (swap("runs/tiny", "''"), "r.yaml:23:1: output", "empty"),
+    "output home": (swap("runs/tiny", "~/tiny"), "r.yaml:23:1: output", "usable folder name"),
+    "output newline": (swap("runs/tiny", '"runs/a\\nb"'), "r.yaml:23:1: output", "usable folder name"),
+    "output space": (swap("runs/tiny", "runs/a b"), "r.yaml:23:1: output", "usable folder name"),
+    "output long": (swap("runs/tiny", f"runs/{'a' * 97}"), "r.yaml:23:1: output", "usable folder name"),
+    "output here": (swap("runs/tiny", "."), "r.yaml:23:1: output", "folder of its own"),
+    "output root": (swap("runs/tiny", "/"), "r.yaml:23:1: output", "folder of its own"),
+    "model unknown": (swap("Qwen/Qwen2.5-14B", "Qwen/Qwen2.5-14"), "r.yaml:1:1: model", "mean 'Qwen/Qwen2.5-14B'?"),
+    "model is a file": (swap("Qwen/Qwen2.5-14B", "train.jsonl"), "r.yaml:1:1: model", "neither a folder"),
+    "model empty": (swap("Qwen/Qwen2.5-14B", "''"), "r.yaml:1:1: model", "neither a folder"),
+    "DoRA on int8": (
+        lambda text: text.replace("nf4", "int8").replace("  r: 8", "  use_dora: true\n  r: 8"),
+        "r.yaml:7:3: adapter.use_dora",
+        "int8",
+    ),
+    "method key typo": (swap("method: lora", "mehtod: lora"), "r.yaml:6:3: adapter.mehtod", "did you mean 'method'?"),
+    "method missing": (swap("  method: lora\n", ""), "r.yaml:5:1: adapter.method", "missing"),
+    "other PEFT method": (swap("method: lora", "method: vera"), "r.yaml:6:3: adapter.method", "vera cannot yet"),
+}
+
+
+@pytest.mark.usefixtures("work")
+@pytest.mark.parametrize("name", MORE)
+def test_more_bad_recipes(name: str) -> None:
+    edit, where, words = MORE[name]
+    found = faults_of(edit(BASE))
+    assert len(found) == 1, "\n".join(found)
+    assert found[0].startswith(f"{where}: ")
+    assert words in found[0]
+
+
+@pytest.mark.usefixtures("work")
+def test_all_faults_come_at_once_in_file_order() -> None:
+    text = BASE.replace("nf4", "nf5").replace("steps: 12", "stpes: 12").replace("warmup: 2", "warmup: -1")
+    text = text.replace("r: 8\n", "r: 0\n").replace("train.jsonl", "tain.jsonl").replace("runs/tiny", "$HOME/x")
+    found = faults_of(text, "train.sede=3", "tracker=wandbb")
+    assert [fault.split(": ")[0] for fault in found if not fault.startswith("--set")] == [
+        "r.yaml:3:3",
+        "r.yaml:7:3",
+        "r.yaml:10:3",
+        "r.yaml:13:3",
+        "r.yaml:17:3",
+        "r.yaml:23:1",
+    ]
+    assert [fault for fault in found if fault.startswith("--set")] == [
+        "--set tracker: must be one of trackio, wandb, tensorboard, mlflow, none; found 'wandbb'; "
+        "did you mean 'wandb'?",
+        "--set train.sede: unknown key; did you mean 'seed'?",
+    ]
+
+
+@pytest.mark.usefixtures("work")
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_AbCdEfGhIjKlMnOpQrStUvWx",
+        "sk-proj-abcdefghij0123456789",
+        "ghp_abcdefghijABCDEFGHIJ0123",
+        "AKIAABCDEFGHIJKLMNOP",
+        HEX40,
+    ],
+)
+def test_a_secret_is_refused_and_never_echoed(secret: str) -> None:
+    for text in (
+        BASE.replace("runs/tiny", f"runs/{secret}" if secret != HEX40 else secret),
+        BASE.replace("seed: 7", f"seed: {secret}"),
+        BASE.replace("seed: 7", f"{secret}: 7"),
+        BASE.replace("model: Qwen/Qwen2.5-14B", f"model: '{secret}'"),
+        f"# {secret}\n{BASE}",
+        BASE.replace("seed: 7", f"seed: 7\n  {secret}: 1\n  {secret}: 1"),
+    ):
+        found = "\n".join(faults_of(text))
+        assert secret not in found
+    assert secret not in "\n".join(faults_of(BASE, f"train.seed={secret}"))
+    assert "shaped like a secret" in "\n".join(faults_of(BASE, f"train.seed={secret}"))
+    assert secret not in "\n".join(faults_of(BASE, secret))

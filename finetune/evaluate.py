@@ -58,6 +58,7 @@ def judge(
 
 def _counter(what: str, of: int, progress: Callable[[str, int, int], None]) -> Callable[[int], None]:
     done = 0
+    progress(what, 0, of)
 
     def tick(more: int) -> None:
         nonlocal done

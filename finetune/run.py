@@ -22,6 +22,7 @@ from finetune.loop import Course, StepDone
 from finetune.model import BaseForm, Policy
 from finetune.objectives import sft
 from finetune.prepare import Prepared
+from finetune.recipe import yamlfile
 from finetune.runfolder import RunFolder, make_folder, read_json, write_atomic, write_json
 from finetune.scores import record
 from finetune.terminal import Progress, Terminal, size
@@ -160,9 +161,7 @@ def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> Ru
         if finished and finished.get("steps") == len(course.steps) and not manifest.faults(run.folder.adapter):
             terminal.say(f"this run is finished ({finished['steps']} steps): nothing to do in {run.folder.root}")
             return run.folder
-        write_atomic(
-            run.folder.recipe, json.dumps(prepared.recipe.to_yaml_dict(), indent=2, ensure_ascii=False).encode()
-        )
+        write_atomic(run.folder.recipe, yamlfile.dump(prepared.recipe.to_yaml_dict()).encode())
         write_json(run.folder.plan, prepared.plan.to_dict())
         config = dict(run.identity.recipe)
         session = devices.start(

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import secrets_shape, yamlfile
 from finetune.errors import Fault, RecipeError
-from finetune.recipe_words import near_path
-from finetune.yamlfile import KeyPath, Origin, dotted
+from finetune.recipe import secrets_shape, yamlfile
+from finetune.recipe.words import near_path
+from finetune.recipe.yamlfile import KeyPath, Origin, dotted
 
 MAX_CHAIN = 8  # recipes in one extends chain
 

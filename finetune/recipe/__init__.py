@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finetune import adapter_fields, recipe_checks, recipe_faults, recipe_schema, recipe_sources
 from finetune.errors import Fault, RecipeError
-from finetune.recipe_words import Finding
+from finetune.recipe import adapter_fields, checks, editor_schema, sources, wording
+from finetune.recipe.words import Finding
 
 _LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
 
@@ -149,7 +149,7 @@ class Located(NamedTuple):
     """A recipe together with where each of its keys was written."""
 
     recipe: Recipe
-    origins: recipe_sources.Origins
+    origins: sources.Origins
 
     def where(self, key: str) -> str:
         """``file:line:column: key`` (or ``--set key``), for faults that only a later step can see."""
@@ -167,19 +167,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def locate(path: Path, overrides: Sequence[str] = ()) -> Located:
     """``load``, and where each key was written. Raises ``RecipeError`` with every fault found."""
     try:
-        tree, origins = recipe_sources.read(path, overrides)
+        tree, origins = sources.read(path, overrides)
     except RecipeError as error:
-        raise RecipeError.of(recipe_faults.in_order(error.faults)) from None
+        raise RecipeError.of(wording.in_order(error.faults)) from None
     section = tree.get("adapter")
     fields, findings = adapter_fields.check(section) if isinstance(section, dict) else ({}, [])
     recipe, errors = _validated(tree, fields)
     findings = [finding._replace(path=("adapter", *finding.path)) for finding in findings]
     faults = list(origins.secrets)
     if errors or findings:
-        faults += recipe_faults.word(errors, tree, origins, schema())
-    faults += _further(tree, origins, [*findings, *recipe_checks.check(tree)], {fault.where for fault in faults})
+        faults += wording.word(errors, tree, origins, schema())
+    faults += _further(tree, origins, [*findings, *checks.check(tree)], {fault.where for fault in faults})
     if recipe is None or faults:
-        raise RecipeError.of(recipe_faults.in_order(faults))
+        raise RecipeError.of(wording.in_order(faults))
     return Located(recipe, origins)
 
 
@@ -194,14 +194,14 @@ def _validated(tree: dict[str, Any], fields: dict[str, Any]) -> tuple[Recipe | N
 
 
 def _further(
-    tree: dict[str, Any], origins: recipe_sources.Origins, findings: Sequence[Finding], taken: set[str]
+    tree: dict[str, Any], origins: sources.Origins, findings: Sequence[Finding], taken: set[str]
 ) -> list[Fault]:
     """Findings as faults, save for keys that have one already and keys that are only missing because misspelt."""
     findings = list(findings)
     if not findings:
         return []
     shape = schema()
-    meant = recipe_faults.meanings(recipe_faults.unknown_keys(tree, shape), shape)
+    meant = wording.meanings(wording.unknown_keys(tree, shape), shape)
     faults: dict[str, Fault] = {}
     echoes: dict[str, Fault] = {}
     for path, what, fix in findings:
@@ -214,7 +214,7 @@ def _further(
 
 def schema() -> dict[str, Any]:
     """JSON schema for editors: the recipe's keys with their meaning, ``extends``, and the installed PEFT's fields."""
-    return recipe_schema.build(Recipe.model_json_schema())
+    return editor_schema.build(Recipe.model_json_schema())
 
 
 def schema_text() -> str:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from finetune.recipe_words import Finding, did_you_mean, shown
-from finetune.yamlfile import KeyPath
+from finetune.recipe.words import Finding, did_you_mean, shown
+from finetune.recipe.yamlfile import KeyPath
 
 MAX_RANK = 16_384  # wider than any matrix that LoRA could make smaller
 MAX_ALPHA = 1_000_000

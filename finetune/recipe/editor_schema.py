@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune import adapter_fields
+from finetune.recipe import adapter_fields
 
 
 def build(exported: dict[str, Any]) -> dict[str, Any]:

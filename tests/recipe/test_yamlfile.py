@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune import yamlfile
 from finetune.errors import RecipeError
-from finetune.yamlfile import Origin
+from finetune.recipe import yamlfile
+from finetune.recipe.yamlfile import Origin
 
 PLAIN = """\
 # a comment with a non-breaking\u00a0space and a\ttab

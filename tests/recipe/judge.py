@@ -16,9 +16,9 @@ from ruamel.yaml.error import YAMLError
 
 from finetune import recipe
 from finetune.errors import RecipeError
-from tests.recipe_edits import Edit, lines_of
+from tests.recipe.edits import Edit, lines_of
 
-SCHEMA = Path(__file__).resolve().parents[1] / "recipes" / "schema.json"
+SCHEMA = Path(__file__).resolve().parents[2] / "recipes" / "schema.json"
 
 
 @dataclass

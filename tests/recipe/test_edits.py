@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from finetune import recipe
-from tests import recipe_edits, recipe_judge
+from tests.recipe import edits, judge
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 
@@ -24,16 +24,16 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def sweep(count: int, seed: int) -> recipe_judge.Tally:
+def sweep(count: int, seed: int) -> judge.Tally:
     """Judge ``count`` edits, shared out evenly over the shipped recipes."""
-    tally = recipe_judge.Tally()
+    tally = judge.Tally()
     file = Path("edited.yaml")
     for number, path in enumerate(RECIPES):
         original = recipe.load(path)
         share = (count + number) // len(RECIPES)
-        for edit in recipe_edits.edits(path.read_text(), share, seed + number):
+        for edit in edits.edits(path.read_text(), share, seed + number):
             start = time.perf_counter()
-            verdict = recipe_judge.judge(edit, file, original)
+            verdict = judge.judge(edit, file, original)
             tally.slowest = max(tally.slowest, time.perf_counter() - start)
             tally.kinds[edit.kind] += 1
             if verdict in ("refused", "same", "one_key"):
@@ -48,7 +48,7 @@ def test_single_edits() -> None:
     tally = sweep(300, seed=1)
     assert not tally.failures, "\n".join(tally.failures)
     assert tally.refused + tally.same + tally.one_key == 300
-    assert len(tally.kinds) == len(recipe_edits.KINDS)
+    assert len(tally.kinds) == len(edits.KINDS)
     assert tally.refused > 150
 
 
@@ -72,8 +72,8 @@ def test_the_judge_notices_a_loader_that_forgives(monkeypatch: pytest.MonkeyPatc
     original = recipe.load(path)
     monkeypatch.setattr(recipe, "load", lambda file: original)
     text = path.read_text()
-    line = next(line for line in recipe_edits.lines_of(text) if line.path == "train.learning_rate")
-    edit = recipe_edits.Edit("key typo", text.replace("learning_rate:", "lerning_rate:"), line.number, line.path)
+    line = next(line for line in edits.lines_of(text) if line.path == "train.learning_rate")
+    edit = edits.Edit("key typo", text.replace("learning_rate:", "lerning_rate:"), line.number, line.path)
     forgiven = original.model_copy(update={"train": original.train.model_copy(update={"learning_rate": 0.5})})
     monkeypatch.setattr(recipe, "load", lambda file: forgiven)
-    assert "accepted" in recipe_judge.judge(edit, Path("edited.yaml"), original)
+    assert "accepted" in judge.judge(edit, Path("edited.yaml"), original)

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune import recipe_paths
-from finetune.recipe_words import Finding, shown
-from finetune.yamlfile import KeyPath
+from finetune.recipe import paths
+from finetune.recipe.words import Finding, shown
+from finetune.recipe.yamlfile import KeyPath
 
 _VARIABLE = re.compile(r"\$(\{|\(|[A-Za-z_])")
 _FOUR_BIT = ("nf4", "fp4")
@@ -25,7 +25,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _train(tree)
     yield from _quantize(tree)
     yield from _evaluate(tree)
-    yield from recipe_paths.check(tree)
+    yield from paths.check(tree)
 
 
 def _one_of(tree: dict[str, Any], section: str, keys: tuple[str, str]) -> Iterator[Finding]:

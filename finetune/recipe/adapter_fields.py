@@ -14,9 +14,9 @@ from typing import Any, Literal, Optional, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from finetune import adapter_targets
-from finetune.adapter_source import FieldSource, methods
-from finetune.recipe_words import Finding, describe, did_you_mean, mend, nearest, shown
+from finetune.recipe import adapter_targets
+from finetune.recipe.adapter_source import FieldSource, methods
+from finetune.recipe.words import Finding, describe, did_you_mean, mend, nearest, shown
 
 METHOD = "lora"  # the one method that can be trained, merged and proven
 

@@ -14,10 +14,11 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from finetune import known_models, recipe, yamlfile
-from tests.recipe_text import BASE
+from finetune import known_models, recipe
+from finetune.recipe import yamlfile
+from tests.recipe.text import BASE
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 

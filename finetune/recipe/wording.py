@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from finetune import recipe_schema, secrets_shape
 from finetune.errors import Fault
-from finetune.recipe_sources import Origins
-from finetune.recipe_words import describe, did_you_mean, mend, nearest, shown
-from finetune.yamlfile import KeyPath
+from finetune.recipe import editor_schema, secrets_shape
+from finetune.recipe.sources import Origins
+from finetune.recipe.words import describe, did_you_mean, mend, nearest, shown
+from finetune.recipe.yamlfile import KeyPath
 
 
 def word(errors: Sequence[Any], tree: dict[str, Any], origins: Origins, schema: dict[str, Any]) -> list[Fault]:
@@ -26,10 +26,10 @@ def word(errors: Sequence[Any], tree: dict[str, Any], origins: Origins, schema: 
         if path in unknown:
             faults[path] = Fault("unknown key", where, _other_home(path, schema))
         elif error["type"] == "missing":
-            part = recipe_schema.fragment(schema, path)
+            part = editor_schema.fragment(schema, path)
             faults[path] = Fault("missing", where, f"add '{path[-1]}:', {describe(part)}")
         else:
-            part = recipe_schema.fragment(schema, path)
+            part = editor_schema.fragment(schema, path)
             value = _value(path, tree)
             faults[path] = Fault(f"must be {describe(part)}; found {shown(value)}", where, mend(value, part))
     return list(faults.values())
@@ -39,7 +39,7 @@ def meanings(unknown: Iterable[KeyPath], schema: dict[str, Any]) -> set[KeyPath]
     """The legal keys that unknown ones were meant to be, so that those are not reported missing as well."""
     meant: set[KeyPath] = set()
     for path in unknown:
-        near = nearest(str(path[-1]), recipe_schema.fragment(schema, path[:-1]).get("properties", {}))
+        near = nearest(str(path[-1]), editor_schema.fragment(schema, path[:-1]).get("properties", {}))
         if near is not None:
             meant.add((*path[:-1], near))
     return meant
@@ -92,7 +92,7 @@ def _other_home(path: KeyPath, schema: dict[str, Any]) -> str:
     """For an unknown key: the section it belongs to, else the nearest key of this one."""
     key = str(path[-1])
     homes = {name: part["properties"] for name, part in schema["properties"].items() if "properties" in part}
-    here = recipe_schema.fragment(schema, path[:-1]).get("properties", {})
+    here = editor_schema.fragment(schema, path[:-1]).get("properties", {})
     if key in schema["properties"]:
         return f"move '{key}:' to the left margin"
     for name, keys in homes.items():

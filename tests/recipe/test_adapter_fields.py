@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from finetune import adapter_fields, adapter_source
-from finetune.adapter_source import FieldSource
+from finetune.recipe import adapter_fields, adapter_source
+from finetune.recipe.adapter_source import FieldSource
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LORA: dict[str, Any] = {"method": "lora", "r": 8, "lora_alpha": 16}
 
 
@@ -218,7 +218,7 @@ def test_works_where_no_cache_can_be_written(home: str, monkeypatch: pytest.Monk
 
 def test_reading_fields_imports_neither_peft_nor_torch(cache_home: Path) -> None:
     code = (
-        "import sys; from finetune import adapter_fields; adapter_fields.check({'method': 'lora'}); "
+        "import sys; from finetune.recipe import adapter_fields; adapter_fields.check({'method': 'lora'}); "
         "sys.exit(','.join({'peft', 'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)

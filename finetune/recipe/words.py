@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune import secrets_shape
-from finetune.yamlfile import KeyPath
+from finetune.recipe import secrets_shape
+from finetune.recipe.yamlfile import KeyPath
 
 
 class Finding(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipe_text import BASE, faults_of
+from tests.recipe.text import BASE, faults_of
 
 
 @pytest.fixture

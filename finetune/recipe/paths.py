@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune import known_models
-from finetune.recipe_words import Finding, did_you_mean, near_path, nearest, shown
-from finetune.yamlfile import KeyPath
+from finetune.recipe.words import Finding, did_you_mean, near_path, nearest, shown
+from finetune.recipe.yamlfile import KeyPath
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z][A-Za-z0-9+.-]*:/?/?[^/\\]*@")
 _PART_CHARACTERS = 96

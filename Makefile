@@ -1,0 +1,63 @@
+# make quickstart: a real model learns a real task, is merged and proven. make test: everything that needs no network.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+BASE := data/bases/smollm2-135m-instruct
+
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes bench clean
+
+quickstart: base
+	@began=$$(date +%s) && \
+	$(RUN)/finetune train recipes/quickstart.yaml && \
+	$(RUN)/finetune merge runs/quickstart --out runs/quickstart/merged && \
+	$(RUN)/finetune summary runs/quickstart $$began
+
+test: setup
+	$(RUN)/python -m pytest --cov --cov-report=term -q
+
+setup: $(VENV)/installed
+
+# requirements.lock pins the tested set; which torch build (CPU or CUDA) stays the machine's choice.
+$(VENV)/installed: pyproject.toml requirements.lock
+	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing (a few minutes the first time)"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c requirements.lock
+	@touch $@
+
+base: setup
+	@$(RUN)/python data/fetch_base.py
+
+tiny-base: setup
+	@$(RUN)/python data/make_tiny_base.py
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: setup
+	$(RUN)/mypy
+
+docs-check: setup
+	$(RUN)/python -m pytest -q tests/test_docs.py tests/test_house.py tests/recipe/test_recipe.py
+
+# The quickstart's own promises, on the fetched base.
+test-real: base
+	$(RUN)/python -m pytest -q -m real
+
+# Needs a CUDA card; says so where there is none.
+test-gpu: setup
+	$(RUN)/python -m pytest -q -m gpu
+
+# Every file operation and random moments of a run: kill, cut off, fill the disk; then the same command goes on.
+test-kill: setup
+	$(RUN)/python -m pytest -q -m long tests/test_kill.py --timeout=7200 -s
+
+test-recipes: setup
+	$(RUN)/python -m pytest -q -m long tests/recipe --timeout=1800 -s
+
+bench: base
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock
+	$(RUN)/python benchmarks/train.py
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -20,6 +20,7 @@ from finetune.errors import Fault, ModelError
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _HEADER_LIMIT = 100 * 1024 * 1024
 
 
@@ -51,8 +52,7 @@ class Base:
     def dtype(self) -> str:
         """The torch name of the dtype that most weights are stored in."""
         stored = [tensor.dtype for tensor in self.tensors.values()]
-        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-        return names.get(max(set(stored), key=stored.count), "float32")
+        return _FLOATS.get(max(set(stored), key=stored.count), "float32")
 
     def files(self) -> list[Path]:
         """The files that decide what the model computes and how text becomes ids."""
@@ -83,6 +83,9 @@ def inspect(folder: Path) -> Base:
         raise ModelError(
             f"config.json has no {error}", str(folder / "config.json"), "use the folder as published"
         ) from None
+    except TypeError as error:
+        what = f"config.json holds a number that cannot be: {error}"
+        raise ModelError(what, str(folder / "config.json"), "use the folder as published") from None
     tensors, faults = _read_headers(folder)
     if not faults:
         faults += _tensor_faults(folder, shape, tensors)
@@ -141,7 +144,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, Tensor], list[Fault]]:
             tensors |= _header(path)
         except FileNotFoundError:
             faults.append(Fault("this shard is missing", str(path), "fetch it again"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             faults.append(Fault(f"this shard cannot be read: {error}", str(path), "fetch it again"))
     return tensors, faults
 
@@ -180,7 +183,10 @@ def _tensor_faults(folder: Path, shape: DecoderShape, tensors: dict[str, Tensor]
         what = f"{len(missing)} tensors are missing, the first is {missing[0]}"
         faults.append(Fault(what, str(folder), "the model would be random there; fetch it again"))
     for name, size in wanted.items():
-        if name in tensors and tensors[name].shape != size:
+        if name in tensors and tensors[name].dtype not in _FLOATS:
+            what = f"tensor {name} is stored as {tensors[name].dtype}, which is a quantised form"
+            faults.append(Fault(what, str(folder / tensors[name].shard), "use the full-precision model"))
+        elif name in tensors and tensors[name].shape != size:
             what = f"tensor {name} is {list(tensors[name].shape)} where config.json says {list(size)}"
             faults.append(
                 Fault(what, str(folder / tensors[name].shard), "config.json and weights belong to two models")
@@ -196,16 +202,17 @@ def _tokenizer_faults(folder: Path, shape: DecoderShape, stops: tuple[str, ...])
         settings = json.loads((folder / "tokenizer_config.json").read_bytes())
         added = {entry["content"]: int(entry["id"]) for entry in tokenizer.get("added_tokens", [])}
         vocabulary = tokenizer["model"]["vocab"]
+        ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))), *added.values()]
+        highest = max(map(int, ids), default=-1)
+        template = settings.get("chat_template") or (folder / "chat_template.jinja").is_file()
     except FileNotFoundError as error:
         return "", [Fault(f"no {Path(str(error.filename)).name}", str(folder), "fetch the model's tokenizer files")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return "", [Fault(f"the tokenizer cannot be read: {error}", str(path), "fetch it again")]
     faults = []
-    highest = max([*vocabulary.values(), *added.values()], default=-1) if isinstance(vocabulary, dict) else 0
     if highest >= shape.vocab:
         what = f"the tokenizer knows id {highest} but the model has only {shape.vocab} embedding rows"
         faults.append(Fault(what, str(path), "tokenizer and weights belong to two models"))
-    template = settings.get("chat_template") or (folder / "chat_template.jinja").is_file()
     if not template:
         faults.append(
             Fault(

@@ -19,7 +19,7 @@ from safetensors.torch import save as tensors_to
 
 from finetune import manifest
 from finetune.errors import ModelError
-from finetune.runfolder import atomic_folder, json_bytes, remove, sync_folder, write_synced
+from finetune.runfolder import atomic_folder, discard, json_bytes, sync_folder, write_synced
 
 ADAPTER, CONFIG, OPTIMIZER, STATE = (
     "adapter_model.safetensors",
@@ -62,10 +62,20 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
         STATE: json_bytes({"step": checkpoint.step, "scaler": checkpoint.scaler}),
     }
     write_folder(target, files)
-    for old in _newest_first(folder)[keep_last:]:
-        remove(old)
-    sync_folder(folder)
+    rotate(folder, checkpoint.step, keep_last)
     return target
+
+
+def rotate(folder: Path, step: int, keep_last: int) -> None:
+    """Keep the newest ``keep_last`` up to ``step``, which must verify. Later ones go too: a run that stands at
+    ``step`` has passed them over as damaged, and they must not push good ones out."""
+    found = _newest_first(folder)
+    kept = [path for path in found if int(path.name[5:]) <= step][:keep_last]
+    stale = [path for path in found if path not in kept]
+    for path in stale:
+        discard(path)
+    if stale:
+        sync_folder(folder)
 
 
 def write_folder(target: Path, files: dict[str, bytes]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 import time
 import traceback
@@ -200,6 +202,13 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """The ``finetune`` command."""
+    """The ``finetune`` command. SIGTERM is Ctrl-C from the first moment on, also before training listens for it."""
     _quiet_libraries()
-    sys.exit(main_in_process(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = main_in_process(sys.argv[1:])
+    except KeyboardInterrupt:  # a second request, while the first was being answered
+        code = Interrupted.exit_code
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(code))
+    sys.exit(code)

@@ -6,6 +6,9 @@ answer ends with the turn's stop token, which is supervised. Every row is kept w
 
 from __future__ import annotations
 
+import csv
+import glob
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,8 +94,8 @@ def _capped(faults: list[Fault]) -> DataError:
 def _records(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, record) of each readable row; unreadable ones are added to ``faults``."""
     suffix = path.suffix.lower()
-    if suffix in (".csv", ".parquet"):
-        yield from enumerate(_table(path), 1)
+    if suffix == ".parquet":
+        yield from enumerate(_parquet(path), 1)
         return
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -101,6 +104,9 @@ def _records(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, A
     except UnicodeDecodeError as error:
         row = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"not UTF-8 ({error.reason})", f"{path}:{row}", "save the file as UTF-8") from None
+    if suffix == ".csv":
+        yield from enumerate(_csv(text, path, faults), 1)
+        return
     if suffix == ".json" and text.lstrip().startswith("["):
         lines: Iterator[tuple[int, Any]] = enumerate(_json(text, f"{path}:1", faults) or [], 1)
     else:
@@ -134,12 +140,26 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _table(path: Path) -> Iterator[dict[str, Any]]:
+def _csv(text: str, path: Path, faults: list[Fault]) -> Iterator[dict[str, Any]]:
+    """Cells as the texts they are: a reader that guesses types turns the answer "007" into 7 and "null" into nothing."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for number, record in enumerate(reader, 1):
+            if None in record or None in record.values():
+                what = f"has {'more' if None in record else 'fewer'} cells than the {len(reader.fieldnames or ())} columns"
+                faults.append(Fault(what, f"{path}:{number}", 'put cells with commas or newlines in "quotes"'))
+                record = {}
+            yield record
+    except csv.Error as error:
+        raise DataError(f"not valid CSV: {error}", f"{path}, line {reader.line_num}", "mend the line") from None
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        yield from load_dataset(path.suffix[1:].lower(), data_files=str(path), split="train", streaming=True)
+        yield from load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"cannot be read: {error.__cause__ or error}", str(path), "check the file") from None
 

@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.known_models import KnownModel
 
+_NUMBERS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -29,12 +37,18 @@ class DecoderShape:
     vocab: int
     tied: bool
     max_positions: int
-    qkv_bias: bool
+    biased: tuple[str, ...]
     qk_norm: bool
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DecoderShape:
-        """Read the numbers of a ``config.json``. Raises KeyError for one that is missing."""
+        """Read the numbers of a ``config.json``.
+
+        Raises KeyError for one that is missing, TypeError for one that is no positive whole number.
+        """
+        for key in _NUMBERS:
+            if type(config[key]) is not int or config[key] < 1:
+                raise TypeError(f"{key} is {config[key]!r}")
         family = config["model_type"]
         heads = config["num_attention_heads"]
         return cls(
@@ -48,7 +62,7 @@ class DecoderShape:
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
             max_positions=config["max_position_embeddings"],
-            qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
+            biased=_biased(config),
             qk_norm=family == "qwen3",
         )
 
@@ -84,9 +98,9 @@ class DecoderShape:
     def _layer(self) -> dict[str, tuple[int, ...]]:
         tensors: dict[str, tuple[int, ...]] = {}
         for kind in LINEARS:
-            block = "mlp" if kind in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            block = "mlp" if kind in LINEARS[4:] else "self_attn"
             tensors[f"{block}.{kind}.weight"] = self.linear(kind)
-            if self.qkv_bias and kind in ("q_proj", "k_proj", "v_proj"):
+            if kind in self.biased:
                 tensors[f"{block}.{kind}.bias"] = self.linear(kind)[:1]
         if self.qk_norm:
             tensors |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
@@ -104,3 +118,11 @@ class DecoderShape:
                 size *= side
             total += size
         return total
+
+
+def _biased(config: dict[str, Any]) -> tuple[str, ...]:
+    """The linears with a bias: q, k, v in every Qwen2; all of a block where the other families' switches say so."""
+    if config["model_type"] == "qwen2":
+        return LINEARS[:3]
+    attention = LINEARS[:4] if config.get("attention_bias") else ()
+    return attention + (LINEARS[4:] if config.get("mlp_bias") else ())

@@ -12,7 +12,11 @@ from finetune.errors import Interrupted
 
 
 class StopRequest:
-    """Whether somebody asked to stop. Outside ``deferred`` a request raises ``Interrupted`` on the spot."""
+    """Whether somebody asked to stop. Outside ``deferred`` a request cuts the work on the spot.
+
+    It does so by KeyboardInterrupt, which no ``except Exception`` of a library swallows; ``stop_requests`` turns it
+    into ``Interrupted``.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -23,7 +27,7 @@ class StopRequest:
             os._exit(Interrupted.exit_code)
         self.requested = True
         if not self._deferring:
-            raise self.interrupted()
+            raise KeyboardInterrupt
 
     @staticmethod
     def interrupted(detail: str = "nothing is lost") -> Interrupted:
@@ -31,12 +35,25 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a request only sets ``requested``: for work that must not be cut in two."""
+        """Inside, a request only sets ``requested``: for work that must not be cut in two. Leaving answers it."""
         self._deferring = True
         try:
             yield
         finally:
             self._deferring = False
+        if self.requested:
+            raise self.interrupted()
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within ``deferred``: a request, also one made before, raises KeyboardInterrupt on the spot."""
+        self._deferring = False
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._deferring = True
 
 
 @contextlib.contextmanager
@@ -46,6 +63,8 @@ def stop_requests() -> Iterator[StopRequest]:
     former = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
+    except KeyboardInterrupt:
+        raise request.interrupted() from None
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -116,7 +116,7 @@ def run(
         total = 0.0
         for number, batch in enumerate(batches):
             # Dropout noise belongs to (seed, step, micro-batch), not to what ran before: resume needs no RNG state.
-            torch.manual_seed((course.seed * 1_000_003 + step) * 8191 + number)
+            torch.manual_seed(((course.seed * 1_000_003 + step) * 8191 + number) % 2**63)
             result = objective.loss(policy, batch.to(policy.device))
             _stop_if_not_finite(result.total, "loss", step, batch.rows)
             scaled = result.total / count

@@ -7,6 +7,7 @@ The order of writes makes every moment resumable: identity first, then checkpoin
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from finetune.model import BaseForm, Policy
 from finetune.objectives import sft
 from finetune.prepare import Prepared
 from finetune.recipe import yamlfile
-from finetune.runfolder import RunFolder, make_folder, read_json, write_atomic, write_json
+from finetune.runfolder import RunFolder, make_folder, read_json, sync_file, write_atomic, write_json
 from finetune.scores import record
 from finetune.terminal import Progress, Terminal, size
 
@@ -127,6 +128,10 @@ class Run:
             micro_batch_tokens=self.identity.resolved["micro_batch_tokens"],
         )  # fmt: skip
 
+    def judges_at(self, step: int, total: int) -> bool:
+        every = self.prepared.recipe.evaluate.every
+        return every > 0 and step % every == 0 and step < total
+
     def judge(self, policy: Policy, name: str, *, adapter: bool = True) -> None:
         """Evaluate and store the scores under ``name``, unless they are there already."""
         held_out = self.prepared.held_out
@@ -187,28 +192,43 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     optimizer = loop.make_optimizer(parameters, run.prepared.recipe.train.weight_decay)
     scaler = torch.amp.GradScaler(chosen.device) if run.identity.resolved["compute"] == "fp16" else None
     start = _resume(run, policy, optimizer, scaler, saved)
+    done, total = start, len(course.steps)
     if start == 0:
         run.judge(policy, "before", adapter=False)
-    done = start
+    elif run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
+        run.judge(policy, f"step {start}")
     events = loop.run(policy, sft, run.prepared.examples, course, optimizer, start, scaler)
-    log = _Log(run, session, len(course.steps), start)
-    while done < len(course.steps):
-        with stop.deferred():
+    log = _Log(run, session, total, start)
+    with stop.deferred():
+        while done < total:
             event = _next(events, run)
             done = event.step
             log.step(event)
-            if done % run.prepared.recipe.train.save_every == 0 or done == len(course.steps) or stop.requested:
+            asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
+            due = done % run.prepared.recipe.train.save_every == 0 or done == total
+            if due or asked:
                 _save(run, policy, optimizer, scaler, done)
-            if stop.requested and done < len(course.steps):
-                raise stop.interrupted(f"step {done} of {len(course.steps)} is saved in {run.folder.root}")
-        every = run.prepared.recipe.evaluate.every
-        if every and done % every == 0 and done < len(course.steps):
-            run.judge(policy, f"step {done}")
+            if not asked and run.judges_at(done, total):
+                asked = not _judged(run, policy, stop, done)
+                if asked and not due:
+                    _save(run, policy, optimizer, scaler, done)
+            if asked:
+                raise stop.interrupted(f"step {done} of {total} is saved in {run.folder.root}")
     _finish(run, policy, done)
     run.judge(policy, "after")
     write_json(
         run.folder.finished, {"steps": done, "adapter": manifest.digest(run.folder.adapter / checkpoint.ADAPTER)}
     )
+
+
+def _judged(run: Run, policy: Policy, stop: StopRequest, step: int) -> bool:
+    """Judge between two steps; False where a request to stop cut it short."""
+    try:
+        with stop.at_once():
+            run.judge(policy, f"step {step}")
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def _next(events: Any, run: Run) -> StepDone:
@@ -237,12 +257,21 @@ def _resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: 
             scaler.load_state_dict(saved.scaler)
         step = saved.step
         run.terminal.say(f"going on after step {step}")
+        checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
     if run.folder.metrics.exists():
         lines = run.folder.metrics.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if _step_of(line) <= step]
         if kept != lines:
             write_atomic(run.folder.metrics, b"".join(kept))
     return step
+
+
+def _step_of(line: bytes) -> float:
+    """The step that a line of metrics tells of; infinite for a line that a crash left incomplete."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
@@ -253,6 +282,7 @@ def _save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: An
         moments=checkpoint.optimizer_tensors(optimizer, policy.trainable()),
         scaler=scaler.state_dict() if scaler else None,
     )
+    sync_file(run.folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
     make_folder(run.folder.checkpoints)
     checkpoint.save(run.folder.checkpoints, state, run.prepared.recipe.train.keep_last)
 

@@ -109,10 +109,14 @@ def disk_fault(error: OSError, path: Path) -> EnvironmentFault:
 
 
 def make_folder(path: Path) -> None:
+    """Make a folder and its parents; that they exist survives power loss."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_fault(error, path) from error
+    for made in reversed(missing):
+        sync_folder(made.parent)
 
 
 def remove(path: Path) -> None:
@@ -123,13 +127,38 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder that readers must see whole or not at all: it loses its name first.
+
+    What a crash leaves has a temporary name, and the next start clears it.
+    """
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-old")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise disk_fault(error, folder) from error
+    remove(aside)
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's own entries, so that a rename in it survives power loss."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that was written piece by piece."""
+    _sync(path, 0)
+
+
+def _sync(path: Path, flags: int) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise disk_fault(error, path) from error
 
 
 def write_synced(path: Path, data: bytes | memoryview) -> None:
@@ -146,12 +175,16 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace one file: readers see the old bytes or the new, never a part."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    write_synced(temporary, data)
     try:
+        write_synced(temporary, data)
         temporary.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
+        remove(temporary)
         raise disk_fault(error, path) from error
+    except BaseException:
+        remove(temporary)
+        raise
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -189,9 +222,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         sync_folder(path.parent)
         remove(aside)
-    except OSError as error:
+    except BaseException as error:
+        if aside.exists() and not path.exists():
+            aside.rename(path)
         remove(temporary)
-        raise disk_fault(error, path) from error
-    except BaseException:
-        remove(temporary)
+        if isinstance(error, OSError):
+            raise disk_fault(error, path) from error
         raise

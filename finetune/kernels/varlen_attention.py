@@ -14,6 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
+from finetune.errors import ModelError
+
 NAME = "finetune_varlen"
 
 _FULL = 0.6
@@ -75,10 +77,19 @@ def _transformers_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     segment_bounds: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The signature that transformers' layers call; ``segment_bounds`` travels from the model's keyword arguments."""
+    """The signature that transformers' layers call; ``segment_bounds`` travels from the model's keyword arguments.
+
+    Raises:
+        ModelError: the layer attends within a window and a sample is longer; full attention would be another model.
+    """
     assert segment_bounds is not None, "packed attention was called without the samples' bounds"
+    longest = max(high - low for low, high in pairwise(segment_bounds))
+    if sliding_window is not None and longest > sliding_window:
+        what = f"this model attends within {sliding_window} tokens, a sample has {longest}"
+        raise ModelError(what, "config.json: sliding_window", f"set train.max_length to {sliding_window} or less")
     return attend(query, key, value, segment_bounds, scaling).transpose(1, 2).contiguous(), None
 
 

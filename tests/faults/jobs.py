@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 
-def train(recipe: str, overrides: Sequence[str] = ()) -> int:
-    """``finetune train RECIPE --set …`` without starting a process for it."""
-    from finetune.cli import main_in_process  # heavy and not every job's concern
+def train(recipe: str, plant: str = "") -> NoReturn:
+    """The command ``finetune train RECIPE`` in this process; ``plant`` names a defect of ``plants.py``."""
+    from finetune import cli  # heavy and not every job's concern
+    from tests.faults import plants
 
-    settings = [part for override in overrides for part in ("--set", override)]
-    return int(main_in_process(["train", recipe, *settings]))
+    if plant:
+        getattr(plants, plant)()
+    sys.argv = ["finetune", "train", recipe]
+    cli.main()
+    raise AssertionError("the command line ends by an exit code")
+
+
+def train_signalled(recipe: str, signals: Sequence[tuple[float, int]], group: bool = False, plant: str = "") -> NoReturn:
+    """The same, while another thread sends this process (or its whole group) signals, each after some seconds."""
+    for seconds, number in signals:
+        timer = threading.Timer(seconds, os.killpg if group else os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+    train(recipe, plant)
+
+
+def train_signalled_in(recipe: str, place: str, call: int, numbers: Sequence[int], plant: str = "") -> NoReturn:
+    """The same, with the signals sent at the start of call ``call`` of ``place`` (``module:name``, also a method)."""
+    module, _, dotted = place.partition(":")
+    owner = importlib.import_module(module)
+    *path, name = dotted.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def signalling(*args: Any, **more: Any) -> Any:
+        if next(calls) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return real(*args, **more)
+
+    setattr(owner, name, signalling)
+    train(recipe, plant)
+
+
+def train_orphaning(recipe: str, seconds: float, plant: str = "") -> int:
+    """Train in a child of one's own and kill only it: the processes that it started are left alive."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        try:
+            train(recipe, plant)
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return 0
 
 
 def save_demo(folder: str) -> int:

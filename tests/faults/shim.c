@@ -10,6 +10,7 @@
  * statically linked program started by it dies of SIGSYS (a dynamic one inherits this library and runs on).
  */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -265,6 +266,18 @@ static int install_filter(void) {
     struct sock_fprog program = {.len = (unsigned short)used, .filter = code};
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return -errno; /* without it only root may install a filter */
     return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program) ? -errno : 0;
+}
+
+/* A thread may block all signals (Python's sharer of descriptors does); blocked, the trap would kill the process. */
+int pthread_sigmask(int how, const sigset_t *set, sigset_t *old) {
+    int (*real)(int, const sigset_t *, sigset_t *) = dlsym(RTLD_NEXT, "pthread_sigmask");
+    sigset_t kept;
+    if (set && how != SIG_UNBLOCK) {
+        kept = *set;
+        sigdelset(&kept, SIGSYS);
+        set = &kept;
+    }
+    return real(how, set, old);
 }
 
 __attribute__((constructor)) static void start(void) {

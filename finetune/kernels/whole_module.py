@@ -1,0 +1,29 @@
+"""Modules that are trained whole beside an adapter (PEFT's ``modules_to_save``), with fp32 masters.
+
+PEFT gives LoRA's matrices fp32 masters and leaves these in the base's dtype, where small updates of a bf16 weight are
+rounded away. Here they compute in fp32 and take and return the activations' dtype, as everything around them does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+
+
+def widen(model: torch.nn.Module, compute: torch.dtype) -> None:
+    """Give every such module of a PEFT model fp32 masters, in place. ``compute``: the dtype of the activations."""
+
+    def narrow(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(compute)
+
+    for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        for module in wrapper.modules_to_save.values():
+            module.float()
+            module.register_forward_pre_hook(_wide_inputs)
+            module.register_forward_hook(narrow)
+
+
+def _wide_inputs(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(value.float() if value.is_floating_point() else value for value in inputs)

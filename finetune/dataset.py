@@ -105,7 +105,7 @@ def _records(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, A
         row = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"not UTF-8 ({error.reason})", f"{path}:{row}", "save the file as UTF-8") from None
     if suffix == ".csv":
-        yield from enumerate(_csv(text, path, faults), 1)
+        yield from _csv(text, path, faults)
         return
     if suffix == ".json" and text.lstrip().startswith("["):
         lines: Iterator[tuple[int, Any]] = enumerate(_json(text, f"{path}:1", faults) or [], 1)
@@ -140,16 +140,18 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _csv(text: str, path: Path, faults: list[Fault]) -> Iterator[dict[str, Any]]:
-    """Cells as the texts they are: a reader that guesses types turns the answer "007" into 7 and "null" into nothing."""
+def _csv(text: str, path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Cells as the texts they are: a reader that guesses types would make 7 of "007" and nothing of "null"."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for number, record in enumerate(reader, 1):
             if None in record or None in record.values():
-                what = f"has {'more' if None in record else 'fewer'} cells than the {len(reader.fieldnames or ())} columns"
+                what = (
+                    f"has {'more' if None in record else 'fewer'} cells than the {len(reader.fieldnames or ())} columns"
+                )
                 faults.append(Fault(what, f"{path}:{number}", 'put cells with commas or newlines in "quotes"'))
-                record = {}
-            yield record
+            else:
+                yield number, record
     except csv.Error as error:
         raise DataError(f"not valid CSV: {error}", f"{path}, line {reader.line_num}", "mend the line") from None
 
@@ -182,24 +184,30 @@ class Renderer:
         self.tokenizer = tokenizer
         self.stop_token = stop_token
 
-    def text(self, turns: Conversation, *, prompt: bool) -> str:
+    def text(self, turns: Conversation, where: str, *, prompt: bool) -> str:
+        from jinja2 import TemplateError
+
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except (TemplateError, TypeError, ValueError) as error:
+            what = f"the chat template cannot render this: {error}"
+            raise DataError(what, where, "this template cannot be trained on such a row; remove it") from None
         assert isinstance(rendered, str)
         return rendered
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def prompt(self, turns: Conversation) -> tuple[int, ...]:
+    def prompt(self, turns: Conversation, where: str = "") -> tuple[int, ...]:
         """Ids of the generation prompt: what the model sees before it answers."""
-        return self.encode(self.text(turns, prompt=True))
+        return self.encode(self.text(turns, where, prompt=True))
 
     def question(self, row: Row) -> Question:
         """The row's last answer, asked."""
         last = max(i for i, turn in enumerate(row.conversation) if turn.role == "assistant")
         turns = row.conversation[:last]
-        return Question(prompt=self.prompt(turns), answer=row.conversation[last].content, where=row.where)
+        return Question(prompt=self.prompt(turns, row.where), answer=row.conversation[last].content, where=row.where)
 
     def examples(self, row: Row) -> list[Example]:
         """The row as training samples: one, with every trained answer supervised.
@@ -219,8 +227,8 @@ class Renderer:
 
     def _answer(self, row: Row, index: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """(prompt's text, prompt's ids, answer's ids up to and with the stop token) of the turn at ``index``."""
-        prompt = self.text(row.conversation[:index], prompt=True)
-        full = self.text(row.conversation[: index + 1], prompt=False)
+        prompt = self.text(row.conversation[:index], row.where, prompt=True)
+        full = self.text(row.conversation[: index + 1], row.where, prompt=False)
         if not full.startswith(prompt):
             raise DataError(
                 "the chat template renders this answer differently from its own generation prompt",

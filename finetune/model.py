@@ -146,7 +146,6 @@ def load_base(base: Base, form: BaseForm) -> Policy:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    _refuse_non_finite_files(base)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -199,7 +198,7 @@ def _refuse_non_finite(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _numbers(value: Any) -> tuple[torch.Tensor, ...]:
-    """What of a parameter can be NaN: its scales where it is quantised (of the scales, too, if those are), else itself."""
+    """What of a parameter can be NaN: its scales where it is quantised (their own where those are too), else itself."""
     state = getattr(value, "quant_state", None)
     if state is not None:
         # The offset is the mean of the scales: one NaN among them is lost in their codes but not in their mean.

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: as the command sets it
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is first imported: no test may reach a hub
 
 

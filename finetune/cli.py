@@ -37,19 +37,25 @@ Overrides = Annotated[
 RunPath = Annotated[Path, typer.Argument(help="the run's folder (`output:` of its recipe)", show_default=False)]
 
 
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of a failure")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
-) -> None:
-    global _debug
-    _debug = debug
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of a failure")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
 _debug = False
+_CTRL_C = 130
 
 
 @app.command()
@@ -155,19 +161,17 @@ def _silent() -> Terminal:
 def main_in_process(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; errors go to stderr as one message, never a traceback."""
     try:
-        app(list(arguments), standalone_mode=False)
+        code = app(list(arguments), standalone_mode=False)
     except FinetuneError as error:
         return _report(error)
-    except KeyboardInterrupt:
-        return _report(Interrupted("stopped on request", fix="the same command goes on from here"))
     except OSError as error:
         fault = EnvironmentFault(error.strerror or str(error), str(error.filename or ""), "mend that and run again")
         return _report(fault)
-    except typer.Exit as done:
-        return int(done.exit_code)
     except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
         return _unexpected(error)
-    return 0
+    if code == _CTRL_C:  # typer's answer to KeyboardInterrupt
+        return _report(Interrupted("stopped on request", fix="the same command goes on from here"))
+    return code if isinstance(code, int) else 0
 
 
 def _unexpected(error: Exception) -> int:
@@ -188,7 +192,7 @@ def _unexpected(error: Exception) -> int:
 
 def _report(error: FinetuneError) -> int:
     if _debug:
-        traceback.print_exception(error)
+        traceback.print_exc()
     for what, where, fix in error.faults:
         place = f"{where}: " if where else ""
         sys.stderr.write(f"{error.label}: {clean(place + what, 600)}{'; ' + clean(fix, 400) if fix else ''}\n")

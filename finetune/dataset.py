@@ -177,6 +177,25 @@ def split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
+def repeats(rows: Sequence[Row], held: Sequence[Row]) -> list[str]:
+    """What to say of rows that come twice, white space and case aside: among the training rows, or held out as well."""
+    first: dict[tuple[str, ...], str] = {}
+    said = []
+    for row in rows:
+        first.setdefault(_folded(row), row.where)
+    if len(first) < len(rows):
+        said.append(f"{len(rows) - len(first)} of {len(rows)} training rows repeat an earlier one")
+    known = [row for row in held if _folded(row) in first]
+    if known:
+        what = f"{len(known)} of {len(held)} held-out rows are training rows too, the first is {known[0].where}"
+        said.append(f"{what} ({first[_folded(known[0])]}): scores on them flatter")
+    return said
+
+
+def _folded(row: Row) -> tuple[str, ...]:
+    return tuple(" ".join(turn.content.split()).casefold() for turn in row.conversation)
+
+
 class Renderer:
     """Turns conversations into ids with one tokenizer and its own chat template."""
 

@@ -5,6 +5,8 @@ One process and one device for now; a launcher that started several is told so i
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,7 +32,8 @@ class Session:
 
     def finish(self) -> None:
         if self.tracking:
-            self.accelerator.end_training()
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.accelerator.end_training()
 
 
 def start(tracker: str, folder: Path, run_name: str, config: dict[str, Any], device: str) -> Session:
@@ -55,7 +58,10 @@ def start(tracker: str, folder: Path, run_name: str, config: dict[str, Any], dev
     names = [] if tracker == "none" else [tracker]
     accelerator = Accelerator(cpu=device == "cpu", log_with=names or None, project_dir=str(folder / "trackers"))
     if names:
-        accelerator.init_trackers(PROJECT, config=config, init_kwargs={tracker: _settings(tracker, folder, run_name)})
+        # trackio greets on standard output with advice that `finetune dashboard` replaces.
+        with contextlib.redirect_stdout(io.StringIO()) if tracker == "trackio" else contextlib.nullcontext():
+            settings = {tracker: _settings(tracker, folder, run_name)}
+            accelerator.init_trackers(PROJECT, config=config, init_kwargs=settings)
     return Session(accelerator, bool(names))
 
 
@@ -63,7 +69,6 @@ def _place(tracker: str, folder: Path) -> None:
     """Keep every tracker's files beside the runs. These libraries take their folder from the environment only."""
     if tracker == "trackio":
         os.environ["TRACKIO_DIR"] = str(trackio_folder(folder.parent))
-        os.environ.setdefault("TRACKIO_STORAGE_MODE", "local")
     elif tracker == "mlflow":
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder.parent / 'mlflow.db').absolute()}")
 

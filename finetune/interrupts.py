@@ -57,6 +57,17 @@ class StopRequest:
 
 
 @contextlib.contextmanager
+def out_of_reach() -> Iterator[None]:
+    """Processes started inside never get these signals. Schedulers and terminals send them to every process of a job,
+    and a helper that died of one would take the step, and with it the checkpoint, along."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+@contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Listen while inside; afterwards the former handlers are back."""
     request = StopRequest()

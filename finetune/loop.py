@@ -17,6 +17,7 @@ import torch
 
 from finetune import schedule
 from finetune.errors import ModelError
+from finetune.interrupts import out_of_reach
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
@@ -90,7 +91,8 @@ def _batches(data: _StepBatches, start: int) -> Iterator[list[Batch]]:
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, sampler=range(start, len(data)), num_workers=data.course.workers
     )
-    return iter(loader)
+    with out_of_reach():  # its workers are started here
+        return iter(loader)
 
 
 def run(

@@ -32,7 +32,7 @@ _NOT_COPIED = {"digests.json", "README.md", "manifest.json"}
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """What happens to one base tensor. ``replay``: quantised and dequantised first, as in training."""
+    """What happens to one base tensor. ``replay``: rounded first as it was in training, quantised and dequantised."""
 
     replay: bool = False
     lora_a: str = ""
@@ -77,10 +77,9 @@ def make_plan(
             parts[key.removeprefix(_PREFIX)] = {"whole": key}
         else:
             faults.append(Fault(f"adapter tensor {key} fits no tensor of the base", str(base.folder), "wrong base?"))
-    quantised = replayed and form.weights not in DTYPES
     folds = {}
     for name in base.tensors:
-        replay = quantised and bool(re.search(r"\.layers\.\d+\..*_proj\.weight$", name))
+        replay = replayed and bool(re.search(r"\.layers\.\d+\..*_proj\.weight$", name))
         found = parts.get(name, {})
         if "whole" in found:
             folds[name] = Fold(replacement=found["whole"])
@@ -112,8 +111,9 @@ def fold_tensor(value: torch.Tensor, fold: Fold, form: BaseForm, weights: dict[s
     """One folded tensor in fp32. value: [out, in] as stored in the shard."""
     if fold.replacement:
         return weights[fold.replacement].float()
-    trained = value.to(DTYPES[form.compute])
-    folded = (frozen_linear.replay(trained, form.weights, form.double) if fold.replay else trained).float()
+    held = value.to(DTYPES.get(form.weights, DTYPES[form.compute])).to(DTYPES[form.compute])
+    folded = frozen_linear.replay(held, form.weights, form.double) if fold.replay else value
+    folded = folded.to(torch.float32, copy=True)
     if fold.lora_a:
         folded.addmm_(weights[fold.lora_b].float(), weights[fold.lora_a].float(), alpha=fold.scaling)
     if fold.magnitude:

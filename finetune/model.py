@@ -60,6 +60,18 @@ class Policy:
         states: torch.Tensor = output.last_hidden_state
         return states
 
+    def recompute_layers(self) -> None:
+        """Keep each layer's input only, and compute the layer again in the backward pass."""
+        packed = varlen_attention.register()
+        # The backward pass runs after ``hidden`` has left its block; the layer must find the same attention again.
+        settings = {
+            "use_reentrant": False,
+            "context_fn": lambda: (contextlib.nullcontext(), _attention(self.causal_lm, packed)),
+        }
+        # Newer transformers warn at the old name, which goes in v6; older ones know no other.
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(self.causal_lm, new if hasattr(self.causal_lm, new) else old)(settings)
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 

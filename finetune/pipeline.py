@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune import base as bases
 from finetune import checkpoint, evaluate, identity, manifest, merge, model, prepare, proof, run, scores
-from finetune.errors import EnvironmentFault, FinetuneError, ModelError
+from finetune.errors import DataError, EnvironmentFault, FinetuneError, ModelError
 from finetune.merge import FoldPlan
 from finetune.model import BaseForm, Policy
 from finetune.plan import Plan
@@ -49,10 +49,11 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
 
 
 def opened(folder: Path) -> tuple[Prepared, RunFolder]:
-    """A finished run, from its own files alone; its base must be the one that it trained on.
+    """A finished run, from its own files alone; its base and data must be those that it trained on.
 
     Raises:
         ModelError: no finished run is there, its adapter is damaged, or the base has changed.
+        DataError: a data file has changed, so that new scores could not stand beside the old.
     """
     files = RunFolder(folder)
     if not files.identity.is_file():
@@ -66,6 +67,9 @@ def opened(folder: Path) -> tuple[Prepared, RunFolder]:
     stored = identity.read(files.identity)
     if prepared.base is None or stored is None or prepared.base.digests() != stored.base:
         raise ModelError("the base is not the one that this run trained on", prepared.recipe.model, "put it back")
+    for path, digest in stored.data.items():
+        if manifest.digest(Path(path)) != digest:
+            raise DataError("this file is not the one that the run began with", path, "put it back")
     return prepared, files
 
 

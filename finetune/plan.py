@@ -6,28 +6,17 @@ what the run uses, and what a resumed run uses again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune import budget, schedule
+from finetune import budget, schedule, targets
 from finetune.budget import Budget, Load
 from finetune.decoder import LINEARS, DecoderShape
-from finetune.errors import EnvironmentFault, Fault, RecipeError
+from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
 from finetune.recipe import Located, Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One kind of module that the adapter touches: how many, of which shape, and the parameters it adds."""
-
-    module: str
-    count: int
-    shape: tuple[int, int]
-    base_parameters: int
-    adapter_parameters: int
+from finetune.targets import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +39,7 @@ class Plan:
     tokens: int | None
     supervised_tokens: int | None
     targets: tuple[Target, ...]
+    whole_parameters: int
     adapter_fields: dict[str, Any]
     budget: Budget
     free_memory: int
@@ -61,7 +51,7 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return sum(target.adapter_parameters for target in self.targets)
+        return self.whole_parameters + sum(target.adapter_parameters for target in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"memory": self.budget.total, "trainable_parameters": self.trainable}
@@ -86,76 +76,6 @@ def compute_dtype(recipe: Recipe, hardware: Hardware) -> str:
     return "fp16" if hardware.device == "cuda" else "fp32"
 
 
-def targets(located: Located, shape: DecoderShape) -> tuple[Target, ...]:
-    """The modules that the adapter's fields select, by PEFT's own matching rules.
-
-    Raises:
-        RecipeError: a name or pattern that selects nothing.
-    """
-    fields = located.recipe.adapter.fields
-    names = [name.removesuffix(".weight") for name in shape.tensors() if name.endswith("_proj.weight")]
-    if not shape.tied:
-        names.append("lm_head")
-    chosen = [name for name in names if _selected(name, fields)]
-    wanted = fields.get("target_modules")
-    listed = [wanted] if isinstance(wanted, str) else list(wanted or [])
-    idle = [one for one in listed if one != "all-linear" and not any(_matches(name, one, wanted) for name in names)]
-    if idle or not chosen:
-        what = f"{', '.join(map(repr, idle)) or 'the selection'} matches no module of this model"
-        fix = f"its linears are {', '.join(LINEARS)}"
-        raise RecipeError.of([Fault(what, located.where("adapter.target_modules"), fix)])
-    kinds: dict[str, list[str]] = {}
-    for name in chosen:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    return tuple(_target(kind, members, fields, shape) for kind, members in kinds.items())
-
-
-def _matches(name: str, one: str, wanted: Any) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(one, name) is not None
-    return name == one or name.endswith(f".{one}")
-
-
-def _selected(name: str, fields: dict[str, Any]) -> bool:
-    wanted, excluded = fields.get("target_modules"), fields.get("exclude_modules")
-    if wanted is None or wanted == "all-linear":
-        hit = name.rpartition(".")[2] in LINEARS
-    else:
-        hit = any(_matches(name, one, wanted) for one in ([wanted] if isinstance(wanted, str) else wanted))
-    if excluded:
-        hit = hit and not any(
-            _matches(name, o, excluded) for o in ([excluded] if isinstance(excluded, str) else excluded)
-        )
-    layers = fields.get("layers_to_transform")
-    if hit and layers is not None:
-        number = re.search(r"\.layers\.(\d+)\.", name)
-        hit = number is not None and int(number[1]) in ([layers] if isinstance(layers, int) else layers)
-    return hit
-
-
-def _target(kind: str, members: list[str], fields: dict[str, Any], shape: DecoderShape) -> Target:
-    out, inside = shape.linear(kind) if kind in LINEARS else (shape.vocab, shape.hidden)
-    pattern = fields.get("rank_pattern") or {}
-    added = 0
-    for name in members:
-        rank = next((r for word, r in pattern.items() if re.match(rf"(.*\.)?({word})$", name)), fields["r"])
-        added += rank * (out + inside) + (out if fields.get("use_dora") else 0)
-    return Target(
-        module=kind, count=len(members), shape=(out, inside),
-        base_parameters=len(members) * out * inside, adapter_parameters=added,
-    )  # fmt: skip
-
-
-def saved_modules(fields: dict[str, Any], shape: DecoderShape) -> int:
-    """Parameters trained whole (``modules_to_save``)."""
-    names = fields.get("modules_to_save") or []
-    total = 0
-    for tensor, size in shape.tensors().items():
-        if any(tensor.removesuffix(".weight").endswith(name) for name in names):
-            total += size[0] * (size[1] if len(size) > 1 else 1)
-    return total
-
-
 def make(
     located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, *, on_disk: bool,
     notes: Sequence[str] = (), unchecked: Sequence[str] = (),
@@ -167,16 +87,19 @@ def make(
         EnvironmentFault: a base that is on the disk does not fit this machine's memory.
     """
     recipe = located.recipe
-    found = targets(located, shape)
+    selection = targets.select(located, shape)
     if recipe.train.max_length > shape.max_positions:
         what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
         raise RecipeError(what, located.where("train.max_length"), f"at most {shape.max_positions}")
     compute = compute_dtype(recipe, hardware)
-    trained = sum(target.adapter_parameters for target in found) + saved_modules(recipe.adapter.fields, shape)
+    trained = selection.trained
     recompute, micro, predicted = budget.fit(recipe, shape, hardware, compute, trained, load)
     remarks = [*notes, *_remarks(recipe, hardware, compute)]
+    if selection.whole:
+        remarks.append(f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32")
     if predicted.total > hardware.free_memory * budget.USABLE + predicted.overhead:
-        what = f"needs about {predicted.total / 1e9:.1f} GB, this machine has {hardware.free_memory / 1e9:.1f} GB free"
+        usable = (hardware.free_memory * budget.USABLE + predicted.overhead) / 1e9
+        what = f"needs about {predicted.total / 1e9:.1f} GB, at most {usable:.1f} GB can be used here"
         if on_disk:
             raise EnvironmentFault(what, f"memory of {hardware.name}", "lower train.max_length, or use quantize nf4")
         remarks.append(f"does not fit here: {what}")
@@ -194,7 +117,8 @@ def make(
         steps=len(steps) if steps is not None else recipe.train.steps,
         samples=len(chosen) if load else None, tokens=tokens,
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
-        targets=found, adapter_fields=fields, budget=predicted, free_memory=hardware.free_memory,
+        targets=selection.targets, whole_parameters=selection.whole, adapter_fields=fields,
+        budget=predicted, free_memory=hardware.free_memory,
         seconds=budget.seconds(shape, hardware, recompute, load, tokens) if load and tokens else None,
         output=recipe.output, output_bytes=budget.output_bytes(recipe, trained),
         notes=tuple(remarks), unchecked=tuple(unchecked),
@@ -211,6 +135,4 @@ def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
     reason = "dropout" if fields.get("lora_dropout") else "DoRA" if fields.get("use_dora") else ""
     if reason:
         found.append(f"the fused LoRA step is off: {reason}; PEFT's own forward is used")
-    if recipe.adapter.fields.get("modules_to_save"):
-        found.append("modules_to_save are trained whole, in fp32")
     return found

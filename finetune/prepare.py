@@ -58,7 +58,9 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     examples = tuple(dataset.render(rows, renderer, longest))
     held_out = held_out_rows(held, renderer, longest) if held else None
     load = _load(located.recipe, examples, held_out)
-    made = plan.make(located, base.shape, machine, load, on_disk=True, notes=base.notes)
+    made = plan.make(
+        located, base.shape, machine, load, on_disk=True, notes=[*base.notes, *dataset.repeats(rows, held)]
+    )
     free = hardware.free_disk(Path(made.output))
     if free < made.output_bytes:
         what = f"{free / 1e6:.0f} MB free, the run writes about {made.output_bytes / 1e6:.0f} MB"

@@ -37,7 +37,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        return self.mean_kl <= self.bound
+        return abs(self.mean_kl) <= self.bound  # a KL is not negative, save for rounding
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"holds": self.holds}

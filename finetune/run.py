@@ -63,15 +63,22 @@ class Run:
             environment=dict(hardware.environment(self.prepared.hardware)),
         )
 
+    def refuse_foreign(self) -> None:
+        """A folder with somebody's files and no run in it is not ours to write into, not even a lock."""
+        root = self.folder.root
+        if self.folder.identity.exists() or not root.is_dir():
+            return
+        foreign = [entry.name for entry in root.iterdir() if entry.name not in _OURS and ".tmp-" not in entry.name]
+        if foreign:
+            what = f"the output folder holds other files ({foreign[0]})"
+            raise EnvironmentFault(what, str(root), "give the recipe an empty or new `output:`")
+
     def settle(self, extend: bool) -> None:
         """Begin in an empty folder, or take up the run that is there. Call with the folder locked."""
         self.folder.clear_leftovers()
         stored = identity.read(self.folder.identity)
         if stored is None:
-            foreign = [entry.name for entry in self.folder.root.iterdir() if entry.name not in _OURS]
-            if foreign:
-                what = f"the output folder holds other files ({foreign[0]})"
-                raise EnvironmentFault(what, str(self.folder.root), "give the recipe an empty or new `output:`")
+            self.refuse_foreign()
             self.identity.write(self.folder.identity)
             return
         for remark in identity.compare(stored, self.identity, self.folder.root, extend=extend):
@@ -159,6 +166,7 @@ def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> Ru
         FinetuneError: as each step says.
     """
     run = Run(prepared, terminal)
+    run.refuse_foreign()
     with run.folder.lock(), stop_requests() as stop:
         run.settle(extend)
         course = run.course()
@@ -188,7 +196,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     policy = model.attach(policy, chosen.adapter_fields, course.seed)
     parameters = policy.trainable()
     if run.identity.resolved["recompute"] == "layers":
-        policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.recompute_layers()
     optimizer = loop.make_optimizer(parameters, run.prepared.recipe.train.weight_decay)
     scaler = torch.amp.GradScaler(chosen.device) if run.identity.resolved["compute"] == "fp16" else None
     start = _resume(run, policy, optimizer, scaler, saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -69,3 +70,40 @@ def real_base() -> Path:
     if not (folder / "digests.json").is_file():
         pytest.skip("the 135M base is not there: run python data/fetch_base.py")
     return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workplace of its own (tests/runs.py) as the working folder, with nothing trained in it."""
+    from tests import runs
+
+    runs.furnish(tmp_path / "work")
+    shutil.copytree(tiny_base, tmp_path / "work" / "base")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A workplace with one finished run. Shared by all tests: take ``finished`` to change anything in it."""
+    from tests import runs
+
+    folder = tmp_path_factory.mktemp("trained") / "work"
+    runs.furnish(folder)
+    shutil.copytree(tiny_base, folder / "base")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        said = runs.train()
+    finally:
+        os.chdir(before)
+    assert said.code == 0, said.err
+    return folder
+
+
+@pytest.fixture
+def finished(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the ``trained`` workplace as the working folder."""
+    shutil.copytree(trained, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"

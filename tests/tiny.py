@@ -25,7 +25,9 @@ FIELDS: dict[str, Any] = {
 
 def load(folder: Path, weights: str = "fp32", compute: str = "fp32", *, double: bool = True) -> Policy:
     """The bare base in that form."""
-    return model.load_base(bases.inspect(folder), BaseForm(weights=weights, double=double, compute=compute, device="cpu"))
+    return model.load_base(
+        bases.inspect(folder), BaseForm(weights=weights, double=double, compute=compute, device="cpu")
+    )
 
 
 def adapt(policy: Policy, *, seed: int = 0, wake: bool = True, **fields: Any) -> Policy:

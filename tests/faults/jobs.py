@@ -26,7 +26,9 @@ def train(recipe: str, plant: str = "") -> NoReturn:
     raise AssertionError("the command line ends by an exit code")
 
 
-def train_signalled(recipe: str, signals: Sequence[tuple[float, int]], group: bool = False, plant: str = "") -> NoReturn:
+def train_signalled(
+    recipe: str, signals: Sequence[tuple[float, int]], group: bool = False, plant: str = ""
+) -> NoReturn:
     """The same, while another thread sends this process (or its whole group) signals, each after some seconds."""
     for seconds, number in signals:
         timer = threading.Timer(seconds, os.killpg if group else os.kill, (os.getpid(), number))

@@ -21,6 +21,13 @@ def no_folder_sync() -> None:
     runfolder.sync_folder = checkpoint.sync_folder = lambda path: None
 
 
+def metrics_unsynced() -> None:
+    """A checkpoint is saved while its steps' lines of metrics are only in memory."""
+    from finetune import run
+
+    run.sync_file = lambda path: None
+
+
 def manifest_first() -> None:
     """The manifest is written before the files that it vouches for."""
     from finetune import checkpoint, manifest

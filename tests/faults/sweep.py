@@ -80,11 +80,17 @@ def snapshot(run: Path) -> dict[str, Any]:
         if path.is_dir():
             found[name] = "folder"
         elif name == "metrics.jsonl":
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
+            found[name] = [_without_times(line) for line in path.read_text().splitlines()]
         else:
             found[name] = None if name in _UNLIKE else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def _without_times(line: str) -> Any:
+    try:
+        return {key: value for key, value in json.loads(line).items() if key not in _TIMES}
+    except ValueError:
+        return line  # torn: an unbroken run has none, so that it differs
 
 
 def difference(whole: dict[str, Any], other: dict[str, Any]) -> str:
@@ -130,6 +136,7 @@ class Lane:
         return self.folder / "run"
 
     def recipe_file(self, config: str) -> Path:
+        """The config's recipe, with this lane's run folder as its output."""
         file = self.folder / f"{config}.yaml"
         if not file.exists():
             tree = recipe(self.base, self.folder.parent / "data", self.run_folder, CONFIGS[config])
@@ -178,8 +185,8 @@ class Lane:
     def faulted(self, config: str, mode: Mode, n: int) -> tuple[str, Outcome]:
         self.whole(config)
         outcome = self.train(config, fresh=True, fault=Fault(mode, n, self.run_folder))
-        last = outcome.log[-1] if outcome.log else Op(0, "-", "", "")
-        return f"{config} {mode.name} at {n} ({last.name} {Path(last.path).name})", outcome
+        op = outcome.log[n - 1] if len(outcome.log) >= n else Op(0, "not reached", "", "")
+        return f"{config} {mode.name} at {n} ({op.name} {Path(op.path).name})", outcome
 
 
 class Rig:

@@ -1,0 +1,56 @@
+"""`finetune`: its own plan, model, packing and loop, put together as `finetune train` does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from benchmarks.contestants.job import IGNORED, Job, Watch
+from finetune import loop, model, prepare
+from finetune.dataset import Example
+from finetune.loop import Course
+from finetune.objectives import sft
+from finetune.run import Run
+from finetune.terminal import Terminal
+
+
+def main(job: Job) -> None:
+    overrides = [f"quantize.weights={job.weights}", f"quantize.compute={job.compute}"]
+    prepared = prepare.prepare(Path(job.recipe), overrides)
+    run = Run(prepared, Terminal(quiet=True))
+    course = run.course()
+    _check_same_work(job, course, prepared.examples)
+    policy = model.load_base(run.base, run.form())
+    policy = model.attach(policy, prepared.plan.adapter_fields, course.seed)
+    parameters = policy.trainable()
+    recompute = run.identity.resolved["recompute"]
+    if recompute == "layers":
+        policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = loop.make_optimizer(parameters, prepared.recipe.train.weight_decay)
+    events = loop.run(policy, sft, prepared.examples, course, optimizer)
+    watch = Watch(job.skip)
+    watch.start()
+    for step in range(len(job.steps)):
+        if job.snapshots:
+            save_file(model.adapter_weights(policy.model), job.snapshot(step))
+        event = next(events)
+        watch.lap()
+        watch.losses.append(event.loss)
+    watch.finish(job, recompute=recompute, micro_batch_tokens=course.micro_batch_tokens)
+
+
+def _check_same_work(job: Job, course: Course, examples: Sequence[Example]) -> None:
+    for step, (indices, samples) in enumerate(zip(course.steps, job.steps, strict=False)):
+        own = [list(examples[index].ids) for index in indices]
+        masks = [list(examples[index].supervised) for index in indices]
+        if own != [sample["ids"] for sample in samples] or masks != [
+            [label != IGNORED for label in sample["labels"]] for sample in samples
+        ]:
+            raise RuntimeError(f"step {step} has other samples here than the peers were given")
+
+
+if __name__ == "__main__":
+    main(Job.read(sys.argv[1]))

@@ -1,0 +1,179 @@
+"""Which modules of the base an adapter touches, by PEFT's own matching rules, before PEFT or the weights are there.
+
+What PEFT would pass over without a word (a layer that the model has not, a name that matches nothing) or refuse only
+once the model is loaded is a fault of the recipe here, with its file and line.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.decoder import LINEARS, DecoderShape
+from finetune.errors import Fault, RecipeError
+
+if TYPE_CHECKING:
+    from finetune.recipe import Located
+
+_PACKED = ("nf4", "fp4", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One kind of module that the adapter touches: how many, of which shape, and the parameters it adds."""
+
+    module: str
+    count: int
+    shape: tuple[int, int]
+    base_parameters: int
+    adapter_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """``targets`` get an update of low rank; ``whole`` counts the parameters trained whole (``modules_to_save``)."""
+
+    targets: tuple[Target, ...]
+    whole: int
+
+    @property
+    def trained(self) -> int:
+        return self.whole + sum(target.adapter_parameters for target in self.targets)
+
+
+def select(located: Located, shape: DecoderShape) -> Selection:
+    """What the recipe's adapter trains of this model.
+
+    Raises:
+        RecipeError: names, layers or patterns that match nothing, or what cannot be trained and merged.
+    """
+    fields, names = located.recipe.adapter.fields, modules(shape)
+    chosen = [name for name in names if selected(name, fields)]
+    faults = [*_target_faults(fields, names, chosen, shape), *_pattern_faults(fields, chosen)]
+    faults += _whole_faults(fields, names, shape, located.recipe.quantize.weights)
+    if faults:
+        raise RecipeError.of([Fault(what, located.where(f"adapter.{key}"), fix) for key, what, fix in faults])
+    kinds: dict[str, list[str]] = {}
+    for name in chosen:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    targets = tuple(_target(kind, members, fields, shape) for kind, members in kinds.items())
+    return Selection(targets=targets, whole=_whole_parameters(fields, shape))
+
+
+def modules(shape: DecoderShape) -> list[str]:
+    """Every module name of the model, containers and parameterless ones included: a pattern is held against all."""
+    leaves = [name.rpartition(".")[0] for name in shape.tensors()]
+    leaves += ["lm_head", "model.rotary_emb", *(f"model.layers.{layer}.mlp.act_fn" for layer in range(shape.layers))]
+    found: dict[str, None] = {}
+    for leaf in leaves:
+        parts = leaf.split(".")
+        found |= {".".join(parts[:end]): None for end in range(1, len(parts) + 1)}
+    return list(found)
+
+
+def selected(name: str, fields: dict[str, Any]) -> bool:
+    """Whether PEFT puts a LoRA on the module of that name."""
+    wanted, excluded = fields.get("target_modules"), fields.get("exclude_modules")
+    if excluded and _matches(name, excluded):
+        return False
+    if any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in fields.get("modules_to_save") or ()):
+        return False
+    if wanted is None or wanted == "all-linear":
+        wanted = list(LINEARS)
+    layers = fields.get("layers_to_transform")
+    if isinstance(wanted, str) or layers is None or not _matches(name, wanted):
+        return _matches(name, wanted)
+    return _layer(name, fields.get("layers_pattern")) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _matches(name: str, wanted: str | list[str]) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def _layer(name: str, patterns: Any) -> int | None:
+    given = [patterns] if isinstance(patterns, str) else patterns or []
+    found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in given or [r"[^.]*"]]
+    return next((int(match[1]) for match in found if match), None)
+
+
+Found = list[tuple[str, str, str]]
+
+
+def _target_faults(fields: dict[str, Any], names: list[str], chosen: list[str], shape: DecoderShape) -> Found:
+    """(key, what, fix) of each fault."""
+    wanted = fields.get("target_modules")
+    listed = wanted if isinstance(wanted, list) else []
+    found = [
+        ("target_modules", f"{one!r} matches no module of this model", f"its linears are {', '.join(LINEARS)}")
+        for one in listed
+        if not any(_matches(name, [one]) for name in names)
+    ]
+    layers = fields.get("layers_to_transform")
+    beyond = [layer for layer in ([layers] if isinstance(layers, int) else layers or []) if layer >= shape.layers]
+    if beyond:
+        what = f"layer {beyond[0]} is beyond the model's {shape.layers}"
+        found.append(("layers_to_transform", what, f"they are numbered from 0 to {shape.layers - 1}"))
+    if not chosen and not found:
+        found.append(("target_modules", "the selection matches no module of this model", "widen it"))
+    for name in chosen:
+        if name == "lm_head" and shape.tied:
+            what = "matches lm_head, whose weights are the embedding's own (tied): merging would have to part them"
+            return [*found, ("target_modules", what, "leave lm_head out")]
+        if name != "lm_head" and name.rpartition(".")[2] not in LINEARS:
+            what = f"the pattern also matches {name}, which is no linear"
+            return [*found, ("target_modules", what, r"match linears only, as in '.*self_attn\.[qkvo]_proj'")]
+    return found
+
+
+def _pattern_faults(fields: dict[str, Any], chosen: list[str]) -> Found:
+    return [
+        (key, f"{word!r} matches no module that gets an adapter", "mend or remove it")
+        for key in ("rank_pattern", "alpha_pattern")
+        for word in fields.get(key) or {}
+        if not any(_pattern_hits(word, name) for name in chosen)
+    ]
+
+
+def _pattern_hits(word: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({word})$", name) is not None
+
+
+def _whole_faults(fields: dict[str, Any], names: list[str], shape: DecoderShape, weights: str) -> Found:
+    found = []
+    for one in fields.get("modules_to_save") or []:
+        hits = [name for name in names if name.endswith(one)]
+        if not hits:
+            found.append(("modules_to_save", f"{one!r} matches no module of this model", "remove it"))
+        elif shape.tied and {"model.embed_tokens", "lm_head"} & set(hits):
+            what = f"{one} shares its weights with another module (tied embeddings): merging would have to part them"
+            found.append(("modules_to_save", what, "remove it, or take a base whose embeddings are not tied"))
+        elif weights in _PACKED and any(name.rpartition(".")[2] in LINEARS for name in hits):
+            what = f"{one} is held as {weights}, and only full-precision modules can be trained whole"
+            found.append(("modules_to_save", what, "remove it, or set quantize.weights to bf16"))
+    return found
+
+
+def _target(kind: str, members: list[str], fields: dict[str, Any], shape: DecoderShape) -> Target:
+    out, inside = shape.linear(kind) if kind in LINEARS else (shape.vocab, shape.hidden)
+    pattern = fields.get("rank_pattern") or {}
+    added = 0
+    for name in members:
+        rank = next((r for word, r in pattern.items() if _pattern_hits(word, name)), fields["r"])
+        added += rank * (out + inside) + (out if fields.get("use_dora") else 0)
+    return Target(
+        module=kind, count=len(members), shape=(out, inside),
+        base_parameters=len(members) * out * inside, adapter_parameters=added,
+    )  # fmt: skip
+
+
+def _whole_parameters(fields: dict[str, Any], shape: DecoderShape) -> int:
+    names = fields.get("modules_to_save") or []
+    return sum(
+        math.prod(size)
+        for tensor, size in shape.tensors().items()
+        if any(tensor.rpartition(".")[0].endswith(name) for name in names)
+    )

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.dataset import Example
+from finetune.evals import loss
+from finetune.model import Policy
+from tests import tiny
+
+LENGTHS = [3, 40, 7, 22, 2, 31, 15, 9]
+
+
+def plain(policy: Policy, examples: list[Example]) -> tuple[float, int]:
+    """Mean over all supervised tokens by the library's own loss, row by row."""
+    total, count = 0.0, 0
+    for example in examples:
+        labels = torch.where(torch.tensor(example.supervised), torch.tensor(example.ids), -100)[None]
+        value = policy.causal_lm(torch.tensor([example.ids]), labels=labels).loss
+        supervised = sum(example.supervised)
+        total += value.item() * supervised
+        count += supervised
+    return total / count, count
+
+
+@pytest.mark.parametrize("limit", [1, 50, 10_000])
+@pytest.mark.parametrize("form", ["fp32", "nf4"])
+def test_equals_the_plain_loss_however_it_is_packed(tiny_base: Path, form: str, limit: int) -> None:
+    policy, examples = tiny.adapt(tiny.load(tiny_base, form)), tiny.samples(LENGTHS)
+    steps: list[int] = []
+    with policy.evaluating():
+        found = loss.measure(policy, examples, limit, steps.append)
+        mean, count = plain(policy, examples)
+    assert found["loss"] == pytest.approx(mean, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert found["supervised_tokens"] == count
+    assert sum(steps) == len(LENGTHS)
+
+
+def test_a_token_counts_as_much_as_any_other(tiny_base: Path) -> None:
+    """The mean is over tokens, not over rows or batches."""
+    policy = tiny.load(tiny_base)
+    long, short = tiny.samples([60, 4])
+    with policy.evaluating():
+        parts = [loss.measure(policy, [example], 1, lambda _: None) for example in (long, short)]
+        whole = loss.measure(policy, [long, short], 1, lambda _: None)
+    weighted = sum(part["loss"] * part["supervised_tokens"] for part in parts)
+    assert whole["loss"] == pytest.approx(weighted / whole["supervised_tokens"], rel=1e-7)
+    assert whole["loss"] != pytest.approx(sum(part["loss"] for part in parts) / 2, rel=1e-3)
+
+
+def test_perplexity_of_a_hopeless_model_is_still_a_number(tiny_base: Path) -> None:
+    policy = tiny.load(tiny_base)
+    policy.head.weight.data *= 10_000
+    with policy.evaluating():
+        found = loss.measure(policy, tiny.samples([9]), 64, lambda _: None)
+    assert found["loss"] > 710
+    assert math.isfinite(found["perplexity"])

@@ -1,0 +1,322 @@
+"""The command line: one message and a code for every failure, quick answers, no tricks of other people's text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import __version__, cli, errors, pipeline
+from tests import runs
+from tests.conftest import ROOT
+from tests.runs import OUTPUT, finetune
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def _process(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a fresh interpreter, in the working folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT | environment, capture_output=True, text=True
+    )
+
+
+RAISED: list[tuple[BaseException, int, str]] = [
+    (errors.FinetuneError("the proof failed", "merged", "look"), 1, "check failed: merged: the proof failed; look\n"),
+    (errors.RecipeError("bad key", "r.yaml:3", "did you mean x?"), 2, "recipe: r.yaml:3: bad key; did you mean x?\n"),
+    (errors.DataError("broken", "d.jsonl:7"), 3, "data: d.jsonl:7: broken\n"),
+    (errors.ModelError("no template", "base"), 4, "model: base: no template\n"),
+    (errors.EnvironmentFault("disk full", "/x", "free some"), 5, "environment: /x: disk full; free some\n"),
+    (errors.Interrupted("stopped"), 6, "interrupted: stopped\n"),
+    (KeyboardInterrupt(), 6, "interrupted: stopped on request; the same command goes on from here\n"),
+    (PermissionError(13, "Not allowed", "/x/y"), 5, "environment: /x/y: Not allowed; mend that and run again\n"),
+    (RuntimeError("a defect"), 70, "unexpected failure: RuntimeError: a defect\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "code", "text"), RAISED, ids=[type(error).__name__ for error, _, _ in RAISED])
+def test_each_failure_has_its_code_and_one_message(
+    work: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "train", fail)
+    said = runs.train()
+    assert said.code == code
+    assert said.err.startswith(text)
+    assert "Traceback" not in said.err
+    debugged = finetune("--debug", "train", "r.yaml")
+    assert debugged.code == code
+    assert ("Traceback" in debugged.err) == (not isinstance(error, KeyboardInterrupt))
+    assert "Traceback" not in runs.train().err  # the switch is for one command
+
+
+def test_every_fault_of_an_error_gets_its_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [errors.Fault(f"fault {n}", f"d.jsonl:{n}", "mend it") for n in range(3)]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise errors.DataError.of(faults)
+
+    monkeypatch.setattr(pipeline, "plan", fail)
+    said = finetune("plan", "r.yaml")
+    assert said.err.splitlines() == [f"data: d.jsonl:{n}: fault {n}; mend it" for n in range(3)]
+
+
+HOSTILE = "\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J\u202eevil\u2066\u200b\nsecond line\x00"
+
+
+def test_control_characters_of_a_message_do_not_reach_the_terminal(work: Path) -> None:
+    """A row's own words end up in a message."""
+    row = {"messages": [{"role": HOSTILE, "content": "x"}, {"role": "assistant", "content": "y"}]}
+    runs.write_rows(Path("train.jsonl"), [row])
+    said = finetune("plan", "r.yaml")
+    assert said.code == 3
+    assert all(char.isprintable() for char in said.err.rstrip("\n"))
+    assert len(said.err.splitlines()) == 1
+    weights = {"what": HOSTILE, "where": HOSTILE}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "plan", _raising(errors.ModelError(**weights, fix=HOSTILE)))
+        said = finetune("plan", "r.yaml")
+        patch.setattr(pipeline, "plan", _raising(ValueError(HOSTILE)))
+        defect = finetune("plan", "r.yaml")
+    for text in (said.err, defect.err):
+        assert all(char.isprintable() or char == "\n" for char in text)
+        assert "\u202e" not in text
+
+
+def _raising(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--version"], 0, __version__),
+        (["--help"], 0, "One recipe trains, resumes, judges, merges and proves"),
+        (["train", "--help"], 0, "--extend"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["train"], 2, "Missing argument"),
+        (["train", "r.yaml", "--nonsense"], 2, "No such option"),
+        (["merge", "runs/one", "--out", "m", "--base", "both"], 2, "must be replayed or original"),
+        (["train", "missing.yaml"], 2, "missing.yaml"),
+        (["train", "r.yaml", "--set", "train.steps"], 2, "train.steps"),
+        (["train", "r.yaml", "--set", "train.stepz=3"], 2, "did you mean 'steps'?"),
+        (["chat", "nowhere"], 4, "this is not a run folder"),
+        (["eval", "nowhere"], 4, "this is not a run folder"),
+        (["dashboard", "nowhere"], 5, "no tracked runs here"),
+    ],
+)
+def test_arguments(work: Path, arguments: list[str], code: int, text: str) -> None:
+    said = finetune(*arguments)
+    assert said.code == code
+    assert text in (said.out if code == 0 else said.err)
+    assert "Traceback" not in said.err
+
+
+def test_no_command_shows_the_help(work: Path) -> None:
+    said = finetune()
+    assert "Usage" in said.out + said.err
+
+
+HEAVY = "{'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'trackio', 'wandb'} & set(sys.modules)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["schema"], 0),
+        (["train", "r.yaml", "--set", "train.stepz=3"], 2),
+        (["plan", "r.yaml", "--set", "train.learning_rate=fast"], 2),
+    ],
+)
+def test_answers_that_need_no_torch_come_without_it(work: Path, arguments: list[str], code: int) -> None:
+    program = (
+        "import sys, time; from finetune.cli import main_in_process; code = main_in_process(sys.argv[1:]); "
+        f"print(sorted({HEAVY}), time.process_time(), code)"
+    )
+    done = _process(program, *arguments)
+    loaded, seconds, found = done.stdout.splitlines()[-1].rsplit(" ", 2)
+    assert (loaded, int(found)) == ("[]", code)
+    assert float(seconds) < 3  # processor time: about 0.5 s on an idle machine, and a busy one must not fail it
+
+
+def test_the_installed_command_ends_with_the_code(work: Path) -> None:
+    program = "import sys; from finetune import cli; sys.argv = ['finetune', *sys.argv[1:]]; cli.main()"
+    started = time.perf_counter()
+    done = _process(program, "plan", "r.yaml", "--set", "train.stepz=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("recipe: --set train.stepz: ")
+    assert time.perf_counter() - started < 30
+
+
+def test_a_plan_as_json_is_json_alone(work: Path) -> None:
+    said = finetune("plan", "r.yaml", "--json")
+    made = json.loads(said.out)
+    assert (said.code, said.err) == (0, "")
+    assert made["trainable_parameters"] > 0
+    assert {"memory", "targets", "steps", "notes", "unchecked", "budget"} <= set(made)
+    text = finetune("plan", "r.yaml").out
+    for line in (
+        "model      base (qwen2",
+        "memory     ",
+        "course     6 steps, 24 samples",
+        "q_proj",
+        "writes     runs/one",
+    ):
+        assert line in text
+
+
+def test_eval_gives_the_runs_own_scores(finished: Path) -> None:
+    said = finetune("eval", str(OUTPUT))
+    assert (said.code, said.err) == (0, "")
+    found = json.loads((OUTPUT / "evaluation.json").read_text())
+    stored = json.loads((OUTPUT / "scores.json").read_text())
+    assert found == {"base": stored["before"], "adapter": stored["after"]}
+    assert found["base"] != found["adapter"]
+    assert "exact match" in said.out
+
+
+def test_eval_without_held_out_rows_says_so(work: Path) -> None:
+    assert runs.train("data.eval_path=null", "evaluate.metrics=[loss]", "train.steps=1").code == 0
+    said = finetune("eval", str(OUTPUT))
+    assert said.code == 5
+    assert "this run has no held-out rows" in said.err
+
+
+def test_chat_answers_until_the_input_ends(finished: Path) -> None:
+    said = finetune("chat", str(OUTPUT), stdin="What is 3 and 4?\nAnd now?\n\nWhat is 3 and 4?\n")
+    assert (said.code, said.err) == (0, "")
+    first, second, _, third = (part.split("\n")[0] for part in said.out.split("> ")[1:5])
+    assert first
+    assert first == third  # an empty line starts anew
+    assert finetune("chat", str(OUTPUT), stdin="What is 3 and 4?\n").out.split("> ")[1].split("\n")[0] == first
+    assert second != ""
+
+
+def test_chat_with_a_merged_folder(finished: Path) -> None:
+    assert finetune("merge", str(OUTPUT), "--out", "merged").code == 0
+    said = finetune("chat", "merged", stdin="What is 3 and 4?\n")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.split("> ")[1].split("\n")[0]
+
+
+def test_what_a_model_says_is_cleaned(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.model import Policy
+
+    def hostile(self: Policy, prompts: Any, max_new_tokens: int, streamer: Any = None) -> list[list[int]]:
+        import torch
+
+        streamer.put(torch.tensor(prompts))
+        ids = self.tokenizer.encode(HOSTILE, add_special_tokens=False)
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return [ids]
+
+    monkeypatch.setattr(Policy, "generate", hostile)
+    said = finetune("chat", str(OUTPUT), stdin="hi\n")
+    assert said.code == 0
+    assert "red" in said.out
+    assert all(char.isprintable() or char == "\n" for char in said.out)
+    assert "\u202e" not in said.out
+
+
+def test_summary_says_what_to_type_next(finished: Path) -> None:
+    said = finetune("summary", str(OUTPUT), str(time.time() - 90))
+    assert said.code == 0
+    assert "done in 1m3" in said.out
+    assert "finetune chat runs/one" in said.out
+
+
+TRAIN = "import sys; from finetune.cli import main; sys.argv = ['finetune', *sys.argv[1:]]; main()"
+
+
+def test_trackio_records_the_run(work: Path) -> None:
+    """Beside the runs, readable by trackio itself, with every step and the flat recipe."""
+    done = _process(TRAIN, "train", "r.yaml", "--set", "tracker=trackio", "--set", "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert Path("runs/trackio").is_dir()
+    read = _process(_TRACKIO, TRACKIO_DIR=str((work / "runs" / "trackio").absolute()))
+    assert read.returncode == 0, read.stderr
+    name, config, losses = json.loads(read.stdout.splitlines()[-1])
+    assert name == "one"
+    assert config["adapter.r"] == 4
+    assert config["evaluate.metrics"] == "loss, exact_match"
+    assert losses == [line["loss"] for line in runs.metrics()]
+
+
+_TRACKIO = """\
+import json
+from trackio.sqlite_storage import SQLiteStorage
+(run,) = SQLiteStorage.get_runs("finetune")
+rows = SQLiteStorage.get_logs("finetune", run)
+config = SQLiteStorage.get_run_config("finetune", run)
+print(json.dumps([run, config, [row["loss"] for row in rows if "loss" in row]]))
+"""
+
+
+def test_wandb_without_a_key_stays_offline(work: Path) -> None:
+    """No key, no home to find one in, and no network: the run is recorded in the run folder all the same."""
+    home = {"HOME": str(work / "home"), "WANDB_API_KEY": "", "NETRC": str(work / "home" / ".netrc")}
+    home |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    done = _process(TRAIN, "train", "r.yaml", "--set", "tracker=wandb", "--set", "train.steps=3", **home)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    recorded = list((OUTPUT / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(recorded) == 1
+    assert recorded[0].stat().st_size > 0
+    assert b"adapter.r" in recorded[0].read_bytes()
+    assert not (work / "wandb").exists()
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
+def test_a_missing_tracker_names_its_extra(work: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
+    from finetune import devices
+
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    said = runs.train(f"tracker={tracker}")
+    assert said.code == 5
+    assert f"the package {tracker} is not installed" in said.err
+    assert f'pip install "finetune-qwen[{tracker}]"' in said.err
+
+
+def test_several_processes_are_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = runs.train()
+    assert said.code == 5
+    assert "several processes were launched, one is supported so far" in said.err
+
+
+def test_importing_the_command_line_changes_nothing() -> None:
+    program = (
+        "import os, sys, warnings, signal; before = (dict(os.environ), list(warnings.filters), "
+        "signal.getsignal(signal.SIGTERM)); import finetune.cli; "
+        "assert before == (dict(os.environ), list(warnings.filters), signal.getsignal(signal.SIGTERM))"
+    )
+    assert _process(program).returncode == 0
+    assert cli.app.info.name == "finetune"
+
+
+def test_a_run_folder_can_be_moved_with_its_inputs(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert finetune("eval", str(OUTPUT)).code == 0
+    assert str(trained) not in "".join(
+        path.read_text(errors="replace") for path in OUTPUT.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")
+    )

@@ -1,0 +1,93 @@
+"""What the documents say is true: the tree, the commands, the links, the recipes' comments."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from finetune.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    path
+    for folder in ("docs", "benchmarks", "data")
+    for path in (ROOT / folder).rglob("*.md")
+    if "bases" not in path.parts
+)
+FIXED = {"pyproject.toml", "README.md", "Makefile", "finetune", "recipes", "data", "tests"}
+
+
+def tree() -> dict[str, str]:
+    """Path → phrase, from the README's tree (two spaces of indentation per level)."""
+    block = README.split("```text\nfinetune/")[1].split("```")[0]
+    found: dict[str, str] = {}
+    folders: list[str] = []
+    for line in block.splitlines():
+        match = re.match(r"( *)(\S+?)(/?)  +(\S.*)$", line)
+        if not match:
+            continue
+        depth = len(match[1]) // 2 - 1
+        folders[depth:] = [match[2]] if match[3] else []
+        found["/".join([*folders[: depth + 1], *([] if match[3] else [match[2]])])] = match[4]
+    return found
+
+
+def test_tree_names_every_room_with_a_phrase() -> None:
+    real = {
+        str(path.relative_to(ROOT / "finetune"))
+        for path in (ROOT / "finetune").rglob("*")
+        if "__pycache__" not in path.parts and (path.is_dir() or (path.suffix == ".py" and path.name != "__init__.py"))
+    }
+    assert set(tree()) == real
+
+
+def test_fixed_top_level() -> None:
+    assert {path.name for path in ROOT.iterdir()} >= FIXED
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_exist(document: Path) -> None:
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = document.read_text(encoding="utf-8")
+    for verb, rest in re.findall(r"(?:\.venv/bin/|`)finetune ([a-z]+)([^`\n#]*)", text):
+        assert verb in verbs, f"finetune {verb}"
+        known = {option for parameter in verbs[verb].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known | {"--help"}, f"finetune {verb} {rest}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in re.findall(r"`?make ((?:[a-z-]+ ?)+)", " ".join(re.findall(r"`[^`]+`|^make .*$", text, re.MULTILINE))):
+        assert set(line.split()) <= targets, f"make {line}"
+
+
+def test_paths_in_readme_exist() -> None:
+    for path in re.findall(r"`((?:tests|docs|recipes|data|benchmarks)/[\w./-]+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_nothing_unfinished_in_the_documents() -> None:
+    for document in DOCUMENTS:
+        assert not re.search(r"<!--|TODO|TBD|XXX", document.read_text(encoding="utf-8")), document.name
+
+
+def test_tests_mirror_the_package() -> None:
+    """Every room has a test file of its name; rooms that are proved elsewhere are named here with the place."""
+    elsewhere = {
+        "budget": "test_plan", "targets": "test_plan", "report": "test_plan", "decoder": "test_base",
+        "dashboard": "test_cli", "devices": "test_cli", "chat": "test_cli", "pipeline": "test_merge",
+        "prepare": "test_plan", "interrupts": "test_run", "scores": "test_run", "model": "test_loop",
+        "known_models": "test_base", "errors": "test_cli",
+    }  # fmt: skip
+    for path in (ROOT / "finetune").glob("*.py"):
+        if not path.name.startswith("__"):
+            name = elsewhere.get(path.stem, f"test_{path.stem}")
+            assert (ROOT / "tests" / f"{name}.py").is_file(), f"{path.name} has no test"

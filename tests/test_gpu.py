@@ -1,0 +1,76 @@
+"""What only a CUDA card can show. Run by ``make test-gpu``; on a machine without one every test says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.cli import main_in_process
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card on this machine: not run"),
+]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, build_tiny: Callable[..., Path], dates: Path) -> Callable[..., list[str]]:
+    """Arguments of a run of tiny.yaml on a base of its own."""
+    base = build_tiny(tmp_path / "base")
+    root = Path(__file__).resolve().parents[1]
+
+    def arguments(name: str, **keys: object) -> list[str]:
+        settings = {
+            "model": base, "output": tmp_path / name, "data.train_path": dates / "train.jsonl",
+            "data.eval_path": dates / "eval.jsonl", **keys,
+        }  # fmt: skip
+        sets = [f"--set={key.replace('__', '.')}={value}" for key, value in settings.items()]
+        return ["train", str(root / "recipes" / "tiny.yaml"), *sets]
+
+    return arguments
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("weights", ["nf4", "fp4", "int8", "bf16", "fp32"])
+def test_every_base_form_trains_and_merges(recipe: Callable[..., list[str]], tmp_path: Path, weights: str) -> None:
+    compute = "fp32" if weights == "fp32" else "bf16"
+    double = {} if weights in ("nf4", "fp4") else {"quantize__double": "true"}
+    assert main_in_process(recipe("run", quantize__weights=weights, quantize__compute=compute, **double)) == 0
+    course = losses(tmp_path / "run")
+    assert course[-1] < course[0]
+    assert main_in_process(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+
+
+def test_repeat_and_resume_are_bit_identical(recipe: Callable[..., list[str]], tmp_path: Path) -> None:
+    weights = "adapter/adapter_model.safetensors"
+    for name in ("one", "two"):
+        assert main_in_process(recipe(name)) == 0
+    assert (tmp_path / "one" / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
+    constant = {"train__schedule": "constant"}
+    assert main_in_process(recipe("whole", **constant)) == 0
+    assert main_in_process(recipe("parts", train__steps=6, **constant)) == 0
+    assert main_in_process([*recipe("parts", **constant), "--extend"]) == 0
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "parts" / weights).read_bytes()
+
+
+def test_fp16_scales_its_loss(recipe: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main_in_process(recipe("run", quantize__compute="fp16")) == 0
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss_scale"] > 1
+
+
+def test_card_gives_the_processors_losses(
+    recipe: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main_in_process(recipe("card", quantize__weights="fp32")) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main_in_process(recipe("processor", quantize__weights="fp32")) == 0
+    for card, processor in zip(losses(tmp_path / "card"), losses(tmp_path / "processor"), strict=True):
+        assert card == pytest.approx(processor, rel=1e-3)

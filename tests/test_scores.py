@@ -1,0 +1,47 @@
+"""scores.json and samples.jsonl: numbers under a name, each row's answers side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from finetune import scores
+from finetune.dataset import Question
+from finetune.evaluate import HeldOut, Judged
+from finetune.runfolder import RunFolder
+
+HELD = HeldOut(examples=(), questions=tuple(Question(prompt=(1,), answer=f"a{n}", where=f"e:{n}") for n in range(2)))
+
+
+def _judged(*answers: str) -> Judged:
+    return Judged(scores={"exact_match": 0.5, "confidence_interval": [0.1, 0.9], "rows": 2}, answers=list(answers))
+
+
+def test_answers_stand_beside_each_other(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    scores.record(folder, "before", _judged("x", "\u202ey"), HELD)
+    stored = scores.record(folder, "after", _judged("a0", "z"), HELD)
+    assert list(stored) == ["before", "after"]
+    assert json.loads(folder.scores.read_text()) == stored
+    assert [json.loads(line) for line in folder.samples.read_text().splitlines()] == [
+        {"row": "e:0", "expected": "a0", "before": "x", "after": "a0"},
+        {"row": "e:1", "expected": "a1", "before": "\u202ey", "after": "z"},
+    ]
+    scores.record(folder, "loss", Judged(scores={"loss": 1.25, "rows": 2}, answers=[]), HELD)
+    assert len(folder.samples.read_text().splitlines()) == 2
+
+
+def test_answers_to_other_rows_are_not_mixed_in(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    scores.record(folder, "before", _judged("x", "y"), HELD)
+    other = HeldOut(examples=(), questions=tuple(Question(prompt=(1,), answer="b", where=f"o:{n}") for n in range(2)))
+    scores.record(folder, "after", _judged("p", "q"), other)
+    assert [json.loads(line) for line in folder.samples.read_text().splitlines()] == [
+        {"row": "o:0", "expected": "b", "after": "p"}, {"row": "o:1", "expected": "b", "after": "q"},
+    ]  # fmt: skip
+
+
+def test_the_table_shows_what_is_there() -> None:
+    lines = scores.table({"before": {"loss": 2.0, "rows": 3}, "after": _judged().scores})
+    assert lines[1].split() == ["before", "-", "-", "2.0000", "3"]
+    assert lines[2].split() == ["after", "0.500", "0.100", "–", "0.900", "-", "2"]

@@ -1,0 +1,113 @@
+"""What a person sees: readable numbers, a status line with the time left, and no tricks from other people's text."""
+
+from __future__ import annotations
+
+import io
+import time
+import unicodedata
+
+import pytest
+
+from finetune import terminal
+from finetune.terminal import Progress, Terminal, clean, duration, size
+
+
+def test_every_character_that_steers_a_terminal_is_taken_out() -> None:
+    """All of Unicode: control, format (bidi, zero width), private, line separators."""
+    for code in range(0x110000):
+        char = chr(code)
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+            assert clean(f"a{char}b") == "a b", hex(code)
+
+
+@pytest.mark.parametrize("text", ["plain", "Ünïcode", "日本語", "🙂", "a  b", "«»", "שלום", "e\u0301"])
+def test_text_stays(text: str) -> None:
+    assert clean(text) == text
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        "\x1b[2J",
+        "\x1b]8;;http://x\x07link",
+        "\x9b31m",
+        "\r overwritten",
+        "\x08\x08",
+        "\u202ecod.exe",
+        "\u2066x\u2069",
+        "a\nb",
+    ],
+)
+def test_payloads_lose_their_power(payload: str) -> None:
+    cleaned = clean(payload)
+    assert cleaned.isprintable()
+    assert not {"\x1b", "\r", "\n", "\u202e"} & set(cleaned)
+
+
+def test_long_text_is_cut_visibly() -> None:
+    assert clean("x" * 300) == "x" * 199 + "…"
+    assert clean("x" * 200) == "x" * 200
+    assert clean("x" * 300, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e6, "1.5 MB"), (28.3e9, "28.3 GB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0s"), (0.4, "0s"), (59.6, "1m00s"), (90, "1m30s"), (3600, "1h00m"), (90_000, "25h00m")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+class _Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_redraws_one_line() -> None:
+    out = _Tty()
+    shown = Terminal(out=out)
+    shown.status("a longer text")
+    shown.status("short")
+    assert out.getvalue() == "\ra longer text\rshort        "
+    shown.say("a line")
+    assert out.getvalue().endswith("\r     \ra line\n")
+    shown.status("done", last=True)
+    assert out.getvalue().endswith("\rdone\n")
+
+
+def test_a_log_gets_a_line_now_and_then_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    out = io.StringIO()
+    shown = Terminal(out=out)
+    progress = Progress(shown, "step", began=now)
+    for step in range(1, 31):
+        now += 1
+        progress(step, 30)
+    lines = out.getvalue().splitlines()
+    assert lines == ["step 1/30  ETA 29s", "step 11/30  ETA 19s", "step 21/30  ETA 9s", "step 30/30"]
+    assert terminal._EVERY == 10
+
+
+def test_a_resumed_run_counts_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    out = io.StringIO()
+    progress = Progress(Terminal(out=out), "step", began=now, start=50)
+    now += 20
+    progress(60, 100, "loss 1.0")
+    assert out.getvalue() == "step 60/100  loss 1.0  ETA 1m20s\n"
+
+
+def test_quiet_keeps_the_lines_only() -> None:
+    out = io.StringIO()
+    shown = Terminal(out=out, quiet=True)
+    shown.status("x", last=True)
+    shown.say("y")
+    assert out.getvalue() == "y\n"

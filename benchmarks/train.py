@@ -242,8 +242,9 @@ def loss_lines(checks: dict[str, Any]) -> list[str]:
     for dtype, check in checks.items():
         verdict = "holds" if check["holds"] else "BROKEN"
         lines.append(
-            f"loss against the padded reference, {dtype}, largest of {check['steps']} steps: {check['same_weights']:.1e} "
-            f"at the same weights (bound {check['bound']:.0e}: {verdict}), {check['own_course']:.1e} on its own course"
+            f"loss against the padded reference, {dtype}, largest of {check['steps']} steps: "
+            f"{check['same_weights']:.1e} at the same weights (bound {check['bound']:.0e}: {verdict}), "
+            f"{check['own_course']:.1e} on its own course"
         )
         if dtype != "fp32":
             lines[-1] += f"; PEFT with and without autocast: {check['reference_spread']:.1e} apart"

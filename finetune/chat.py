@@ -13,15 +13,15 @@ from finetune.terminal import Terminal, clean
 
 def load(folder: Path, terminal: Terminal) -> Policy:
     """The policy of a run folder, or of a plain model folder."""
-    from finetune import base, hardware, model, pipeline
+    from finetune import base, finished, hardware, model
 
     if (folder / "config.json").is_file():
         found, machine = base.inspect(folder), hardware.detect()
         compute = "bf16" if machine.bf16 else "fp32"
         form = model.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
         return model.load_base(found, form)
-    prepared, files = pipeline.opened(folder)
-    return pipeline.live(prepared, files, terminal)[1]
+    prepared, files = finished.open_run(folder)
+    return finished.live(prepared, files, terminal)[1]
 
 
 def talk(folder: Path, terminal: Terminal, max_new_tokens: int = 256) -> None:

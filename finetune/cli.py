@@ -107,15 +107,15 @@ def merge(
         raise typer.BadParameter("must be replayed or original", param_hint="--base")
     from finetune import pipeline
 
-    pipeline.merge_run(run, out, base, Terminal())
+    pipeline.merge(run, out, base, Terminal())
 
 
 @app.command()
 def chat(run: RunPath) -> None:
     """Talk to a finished run's model, or to a merged folder."""
-    from finetune import chat
+    from finetune import pipeline
 
-    chat.talk(run, Terminal())
+    pipeline.chat(run, Terminal())
 
 
 @app.command()
@@ -124,9 +124,9 @@ def dashboard(
     port: Annotated[int, typer.Option("--port", help="0 takes the first free one")] = 0,
 ) -> None:
     """Open the local dashboard of all runs, on this machine only."""
-    from finetune import dashboard
+    from finetune import pipeline
 
-    dashboard.show(runs, port, Terminal())
+    pipeline.dashboard(runs, port, Terminal())
 
 
 @app.command(name="schema")

@@ -14,6 +14,7 @@ from finetune.base import Base
 from finetune.dataset import Renderer
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.kernels import frozen_linear, lora_linear, varlen_attention, whole_module
+from finetune.tokenizer import load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -136,15 +137,6 @@ def _attention(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
-
-
-def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer does not load: {error}", str(folder), "fetch it again") from None
 
 
 def load_base(base: Base, form: BaseForm) -> Policy:

@@ -20,6 +20,7 @@ from finetune.evaluate import HeldOut
 from finetune.hardware import Hardware
 from finetune.plan import Plan
 from finetune.recipe import Located, Recipe
+from finetune.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,6 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     if not folder.is_dir():
         return _by_numbers(located, machine)
     base = bases.inspect(folder)
-    from finetune.model import load_tokenizer
-
     renderer = Renderer(load_tokenizer(folder), base.stop_token)
     rows, held = read(located.recipe, special_tokens(renderer))
     longest = located.recipe.train.max_length

@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune import cli
+
+ROOT = Path(__file__).resolve().parents[1]
 
 RECIPE = """\
 model: base
@@ -45,6 +49,7 @@ tracker: none
 output: runs/one
 """
 OUTPUT = Path("runs/one")
+MERGED = Path("merged")
 
 
 @dataclass(frozen=True)
@@ -113,3 +118,37 @@ def curve(folder: Path = OUTPUT) -> list[tuple[Any, ...]]:
     """What a step computed, without what it took."""
     keys = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples")
     return [tuple(line[key] for key in keys) for line in metrics(folder)]
+
+
+def merge_run(*options: str, out: Path = MERGED, run: Path = OUTPUT) -> Said:
+    return finetune("merge", str(run), "--out", str(out), *options)
+
+
+def awake(adapter: Path) -> None:
+    """Give a barely trained adapter weights that matter, all of them, and a manifest that holds."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from finetune import manifest
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(11)
+    for name in sorted(weights):
+        noise = torch.randn(weights[name].shape, generator=generator)
+        if "lora_B" in name:
+            weights[name] = noise * 0.05
+        elif "lora_A" not in name:  # DoRA's lengths, whole modules
+            weights[name] = weights[name] * (1 + 0.1 * noise)
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    files = [path for path in adapter.iterdir() if path.name != manifest.NAME]
+    manifest.write(adapter, manifest.digests(files))
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def process(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a fresh interpreter, in the working folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT | environment, capture_output=True, text=True
+    )

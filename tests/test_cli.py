@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,18 +12,7 @@ import pytest
 
 from finetune import __version__, cli, errors, pipeline
 from tests import runs
-from tests.conftest import ROOT
-from tests.runs import OUTPUT, finetune
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-
-def _process(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``code`` in a fresh interpreter, in the working folder."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT | environment, capture_output=True, text=True
-    )
-
+from tests.runs import OUTPUT, finetune, process
 
 RAISED: list[tuple[BaseException, int, str]] = [
     (errors.FinetuneError("the proof failed", "merged", "look"), 1, "check failed: merged: the proof failed; look\n"),
@@ -144,10 +130,10 @@ HEAVY = "{'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'trackio', 
 )
 def test_answers_that_need_no_torch_come_without_it(work: Path, arguments: list[str], code: int) -> None:
     program = (
-        "import sys, time; from finetune.cli import main_in_process; code = main_in_process(sys.argv[1:]); "
+        "import sys, time; from finetune.cli import main_in_process; code = main_inprocess(sys.argv[1:]); "
         f"print(sorted({HEAVY}), time.process_time(), code)"
     )
-    done = _process(program, *arguments)
+    done = process(program, *arguments)
     loaded, seconds, found = done.stdout.splitlines()[-1].rsplit(" ", 2)
     assert (loaded, int(found)) == ("[]", code)
     assert float(seconds) < 3  # processor time: about 0.5 s on an idle machine, and a busy one must not fail it
@@ -156,7 +142,7 @@ def test_answers_that_need_no_torch_come_without_it(work: Path, arguments: list[
 def test_the_installed_command_ends_with_the_code(work: Path) -> None:
     program = "import sys; from finetune import cli; sys.argv = ['finetune', *sys.argv[1:]]; cli.main()"
     started = time.perf_counter()
-    done = _process(program, "plan", "r.yaml", "--set", "train.stepz=3")
+    done = process(program, "plan", "r.yaml", "--set", "train.stepz=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("recipe: --set train.stepz: ")
     assert time.perf_counter() - started < 30
@@ -241,73 +227,13 @@ def test_summary_says_what_to_type_next(finished: Path) -> None:
     assert "finetune chat runs/one" in said.out
 
 
-TRAIN = "import sys; from finetune.cli import main; sys.argv = ['finetune', *sys.argv[1:]]; main()"
-
-
-def test_trackio_records_the_run(work: Path) -> None:
-    """Beside the runs, readable by trackio itself, with every step and the flat recipe."""
-    done = _process(TRAIN, "train", "r.yaml", "--set", "tracker=trackio", "--set", "train.steps=3")
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert Path("runs/trackio").is_dir()
-    read = _process(_TRACKIO, TRACKIO_DIR=str((work / "runs" / "trackio").absolute()))
-    assert read.returncode == 0, read.stderr
-    name, config, losses = json.loads(read.stdout.splitlines()[-1])
-    assert name == "one"
-    assert config["adapter.r"] == 4
-    assert config["evaluate.metrics"] == "loss, exact_match"
-    assert losses == [line["loss"] for line in runs.metrics()]
-
-
-_TRACKIO = """\
-import json
-from trackio.sqlite_storage import SQLiteStorage
-(run,) = SQLiteStorage.get_runs("finetune")
-rows = SQLiteStorage.get_logs("finetune", run)
-config = SQLiteStorage.get_run_config("finetune", run)
-print(json.dumps([run, config, [row["loss"] for row in rows if "loss" in row]]))
-"""
-
-
-def test_wandb_without_a_key_stays_offline(work: Path) -> None:
-    """No key, no home to find one in, and no network: the run is recorded in the run folder all the same."""
-    home = {"HOME": str(work / "home"), "WANDB_API_KEY": "", "NETRC": str(work / "home" / ".netrc")}
-    home |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
-    done = _process(TRAIN, "train", "r.yaml", "--set", "tracker=wandb", "--set", "train.steps=3", **home)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    recorded = list((OUTPUT / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(recorded) == 1
-    assert recorded[0].stat().st_size > 0
-    assert b"adapter.r" in recorded[0].read_bytes()
-    assert not (work / "wandb").exists()
-
-
-@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
-def test_a_missing_tracker_names_its_extra(work: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
-    from finetune import devices
-
-    monkeypatch.setattr(devices, "find_spec", lambda name: None)
-    said = runs.train(f"tracker={tracker}")
-    assert said.code == 5
-    assert f"the package {tracker} is not installed" in said.err
-    assert f'pip install "finetune-qwen[{tracker}]"' in said.err
-
-
-def test_several_processes_are_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = runs.train()
-    assert said.code == 5
-    assert "several processes were launched, one is supported so far" in said.err
-
-
 def test_importing_the_command_line_changes_nothing() -> None:
     program = (
         "import os, sys, warnings, signal; before = (dict(os.environ), list(warnings.filters), "
         "signal.getsignal(signal.SIGTERM)); import finetune.cli; "
         "assert before == (dict(os.environ), list(warnings.filters), signal.getsignal(signal.SIGTERM))"
     )
-    assert _process(program).returncode == 0
+    assert process(program).returncode == 0
     assert cli.app.info.name == "finetune"
 
 

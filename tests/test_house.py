@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
-ENTRANCE = ["cli", "chat", "pipeline"]
+ENTRANCE = ["cli", "pipeline", "chat"]
 ROAD = [
-    "run", "prepare", "report", "plan", "targets", "budget", "merge", "proof", "scores", "evaluate", "dashboard", "devices", "loop",
-    "checkpoint", "model", "dataset", "shards", "base", "identity", "hardware",
+    "certify", "finished", "dashboard", "train", "run", "prepare", "report", "plan", "targets", "budget", "merge",
+    "proof", "scores", "evaluate", "metrics", "devices", "loop", "checkpoint", "model", "tokenizer", "dataset",
+    "shards", "base", "identity", "hardware",
 ]  # fmt: skip
-CHOICES = ["families", "formats", "objectives", "evals", "kernels", "recipe", "known_models"]
+CHOICES = ["families", "formats", "evals", "objectives", "kernels", "recipe", "known_models"]
 GROUND = ["interrupts", "terminal", "schedule", "decoder", "conversation", "manifest", "runfolder", "errors"]
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 

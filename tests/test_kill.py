@@ -45,12 +45,12 @@ PLACES = [  # where a request to stop arrives: before the loop, in it, between s
     ("packing", "finetune.model:load_base", 1),
     ("packing", "finetune.evaluate:judge", 1),
     ("packing", "finetune.loop:_update", 3),
-    ("packing", "finetune.run:append_line", 6),
+    ("packing", "finetune.metrics:append_line", 6),
     ("packing", "finetune.checkpoint:write_folder", 2),
     ("unaligned", "finetune.evaluate:judge", 3),
     ("packing", "finetune.loop:_update", 12),
     ("packing", "finetune.evaluate:judge", 4),
-    ("packing", "finetune.run:_finish", 1),
+    ("packing", "finetune.train:_finish", 1),
 ]
 CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json")
 

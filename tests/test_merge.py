@@ -13,39 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune import base as bases
-from finetune import manifest, merge, model, pipeline, proof
+from finetune import finished, merge, model, proof
 from finetune.base import Base
 from finetune.errors import ModelError
 from finetune.kernels import frozen_linear
 from finetune.model import BaseForm, Policy
 from finetune.terminal import Terminal
 from tests import runs, tiny
-from tests.runs import OUTPUT, finetune
+from tests.runs import MERGED, OUTPUT, awake, merge_run
 
 Build = Callable[..., Path]
-MERGED = Path("merged")
 
 
-def _merge(*options: str, out: Path = MERGED, run: Path = OUTPUT) -> runs.Said:
-    return finetune("merge", str(run), "--out", str(out), *options)
-
-
-def _awake(adapter: Path) -> None:
-    """Give a barely trained adapter weights that matter, all of them, and a manifest that holds."""
-    weights = load_file(adapter / "adapter_model.safetensors")
-    generator = torch.Generator().manual_seed(11)
-    for name in sorted(weights):
-        noise = torch.randn(weights[name].shape, generator=generator)
-        if "lora_B" in name:
-            weights[name] = noise * 0.05
-        elif "lora_A" not in name:  # DoRA's lengths, whole modules
-            weights[name] = weights[name] * (1 + 0.1 * noise)
-    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
-    files = [path for path in adapter.iterdir() if path.name != manifest.NAME]
-    manifest.write(adapter, manifest.digests(files))
-
-
-def _peft_merge(folder: Path, adapter: Path, form: BaseForm) -> dict[str, torch.Tensor]:
+def _peftmerge_run(folder: Path, adapter: Path, form: BaseForm) -> dict[str, torch.Tensor]:
     """PEFT's own fold, in fp32, into the base as it was trained against."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -116,17 +96,17 @@ def test_the_merged_folder_is_the_trained_model(
         shutil.rmtree(work / "base")
         build_tiny(work / "base", **base)
     assert runs.train("train.steps=1", "evaluate.metrics=[loss]", "tracker=none", *overrides).code == 0
-    _awake(OUTPUT / "adapter")
-    said = _merge()
+    awake(OUTPUT / "adapter")
+    said = merge_run()
     assert said.code == 0, said.err
     note = json.loads((MERGED / "finetune.json").read_text())
     assert note["proof"]["mean_kl"] <= 1e-3
 
     # Every stored weight is PEFT's own, rounded once to the base's dtype.
     found = bases.inspect(MERGED)
-    prepared, files = pipeline.opened(OUTPUT)
-    run, live = pipeline.live(prepared, files, Terminal(quiet=True))
-    wanted = _peft_merge(work / "base", OUTPUT / "adapter", run.form())
+    prepared, files = finished.open_run(OUTPUT)
+    run, live = finished.live(prepared, files, Terminal(quiet=True))
+    wanted = _peftmerge_run(work / "base", OUTPUT / "adapter", run.form())
     stored = {name: value for shard in found.shards for name, value in load_file(MERGED / shard).items()}
     source = bases.inspect(work / "base")
     assert {name: (t.shape, t.shard, t.dtype) for name, t in found.tensors.items()} == {
@@ -157,196 +137,13 @@ def test_plain_peft_reads_the_adapter(work: Path, overrides: list[str]) -> None:
     from transformers import AutoModelForCausalLM
 
     assert runs.train("train.steps=1", "quantize.weights=fp32", "evaluate.metrics=[loss]", *overrides).code == 0
-    _awake(OUTPUT / "adapter")
-    prepared, files = pipeline.opened(OUTPUT)
-    _, live = pipeline.live(prepared, files, Terminal(quiet=True))
+    awake(OUTPUT / "adapter")
+    prepared, files = finished.open_run(OUTPUT)
+    _, live = finished.live(prepared, files, Terminal(quiet=True))
     plain = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
     plain = PeftModel.from_pretrained(plain, str(OUTPUT / "adapter")).eval()
     with torch.no_grad():
         assert torch.allclose(plain(IDS).logits, _own_logits(live, IDS), atol=2e-4)
-
-
-def test_the_merged_folder_is_whole(finished: Path) -> None:
-    before = runs.snapshot(finished / "base")
-    said = _merge()
-    assert (said.code, said.err) == (0, "")
-    assert "proof: mean KL" in said.out
-    assert manifest.faults(MERGED) == []
-    names = {path.name for path in MERGED.iterdir()}
-    assert names == {path.name for path in Path("base").iterdir()} | {"finetune.json", "manifest.json"}
-    note = json.loads((MERGED / "finetune.json").read_text())
-    assert note["adapter_sha256"] == runs.adapter_digest()
-    assert (note["base_choice"], note["quantised_as"], note["folded_tensors"]) == ("replayed", "nf4", 14)
-    assert note["proof"]["holds"]
-    assert set(json.loads((OUTPUT / "scores.json").read_text())) == {"before", "after", "merged"}
-    assert runs.snapshot(finished / "base") == before
-
-
-def test_the_merged_model_ends_its_answers(finished: Path) -> None:
-    generation = Path("base/generation_config.json")
-    tokenizer = model.load_tokenizer(Path("base"))
-    stop, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    for given, wanted in ((end, [stop, end]), ([end, stop], [stop, end]), (None, [stop])):
-        source = {"eos_token_id": given} if given is not None else {}
-        merge_source = finished / "source"
-        shutil.rmtree(merge_source, ignore_errors=True)
-        shutil.copytree("base", merge_source)
-        (merge_source / generation.name).write_text(json.dumps({**source, "temperature": 0.7, "do_sample": True}))
-        target = finished / "out"
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
-        merge.copy_files(bases.inspect(merge_source), target)
-        written = json.loads((target / generation.name).read_text())
-        assert written == {"eos_token_id": wanted, "temperature": 0.7, "do_sample": True}
-
-
-def test_the_same_merge_again_changes_nothing(finished: Path) -> None:
-    assert _merge().code == 0
-    before = runs.snapshot(MERGED)
-    said = _merge()
-    assert (said.code, said.err) == (0, "")
-    assert "already: nothing to do" in said.out
-    assert runs.snapshot(MERGED) == before
-    assert _merge("--base", "original").code == 5  # another merge in the same place
-    assert runs.snapshot(MERGED) == before
-
-
-def test_the_same_merge_gives_the_same_weights(finished: Path) -> None:
-    assert _merge().code == 0
-    assert _merge(out=Path("again")).code == 0
-    assert Path("again/model.safetensors").read_bytes() == (MERGED / "model.safetensors").read_bytes()
-
-
-def test_other_content_in_the_way_is_kept(finished: Path) -> None:
-    MERGED.mkdir()
-    (MERGED / "thesis.doc").write_text("years")
-    said = _merge()
-    assert said.code == 5
-    assert "something is there already" in said.err
-    assert (MERGED / "thesis.doc").read_text() == "years"
-    shutil.rmtree(MERGED)
-    MERGED.write_text("a file")
-    assert _merge().code == 5
-    assert MERGED.read_text() == "a file"
-
-
-def test_a_damaged_merge_is_not_taken_for_done(finished: Path) -> None:
-    assert _merge().code == 0
-    with (MERGED / "model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x42")
-    assert _merge().code == 5
-
-
-def test_leftovers_of_a_killed_merge_are_cleared(finished: Path) -> None:
-    leftover = Path("merged.tmp-1")
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
-    assert _merge().code == 0
-    assert not leftover.exists()
-
-
-def test_into_the_published_weights(work: Path) -> None:
-    """A 4-bit run moves by design when it is folded into weights that it never saw; a looser bound says nonsense only.
-
-    The quantisation error of a random model is large, so the base here holds values that nf4 keeps nearly.
-    """
-    weights = load_file("base/model.safetensors")
-    for name, value in weights.items():
-        if name.endswith("_proj.weight"):
-            weights[name] = frozen_linear.replay(value.float(), "nf4", True).to(value.dtype)
-    save_file(weights, "base/model.safetensors", {"format": "pt"})
-    assert runs.train().code == 0
-    said = _merge("--base", "original")
-    assert said.code == 0, said.err
-    note = json.loads((MERGED / "finetune.json").read_text())
-    assert (note["base_choice"], note["quantised_as"], note["proof"]["bound"]) == ("original", None, 0.1)
-    adapter, config = load_file(OUTPUT / "adapter" / "adapter_model.safetensors"), {"scaling": 2.0}
-    name = "model.layers.0.self_attn.q_proj"
-    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    wanted = (weights[f"{name}.weight"].float() + config["scaling"] * b @ a).to(torch.bfloat16)
-    assert torch.equal(load_file(MERGED / "model.safetensors")[f"{name}.weight"], wanted)
-
-
-@pytest.mark.parametrize("choice", ["replayed", "original"])
-def test_a_wrong_fold_is_found_and_cannot_be_used(finished: Path, monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
-    _awake(OUTPUT / "adapter")
-    real = merge._scaling
-    monkeypatch.setattr(merge, "_scaling", lambda *arguments: 5 * real(*arguments))
-    said = _merge("--base", choice)
-    assert said.code == 1
-    assert said.err.startswith("check failed: merged: the merged model differs: mean KL ")
-    assert len(said.err.splitlines()) == 1
-    assert not (MERGED / "config.json").exists()
-    assert (MERGED / "config.json.unusable").exists()
-    assert "merged" not in json.loads((OUTPUT / "scores.json").read_text())
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        bases.inspect(MERGED)
-    assert finetune("chat", str(MERGED)).code == 4
-    monkeypatch.undo()
-    monkeypatch.chdir(finished)
-    assert _merge("--base", choice).code == 5  # what failed stays to be looked at
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
-def test_smaller_errors_are_found_too(finished: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    _awake(OUTPUT / "adapter")
-    real = merge._scaling
-    monkeypatch.setattr(merge, "_scaling", lambda *arguments: factor * real(*arguments))
-    assert _merge().code == 1
-
-
-def test_a_base_that_is_not_replayed_is_found(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S10: the fold goes into weights that the run never saw."""
-    monkeypatch.setattr(frozen_linear, "replay", lambda value, *_: value)
-    assert _merge().code == 1
-
-
-def test_one_flipped_bit_of_the_adapter_is_refused(finished: Path) -> None:
-    path = OUTPUT / "adapter" / "adapter_model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-7] ^= 4
-    path.write_bytes(data)
-    said = _merge()
-    assert said.code == 4
-    assert "adapter_model.safetensors is damaged (its digest differs)" in said.err
-    assert not MERGED.exists()
-
-
-def test_another_base_is_refused(finished: Path, build_tiny: Build) -> None:
-    shutil.rmtree("base")
-    build_tiny(Path("base"), seed=1)  # the same shapes, other weights: PEFT would load it without a word
-    said = _merge()
-    assert said.code == 4
-    assert "the base is not the one that this run trained on" in said.err
-    assert not MERGED.exists()
-
-
-def test_changed_data_is_refused(finished: Path) -> None:
-    with Path("eval.jsonl").open("a") as file:
-        file.write(json.dumps(runs.chat("a", "b")) + "\n")
-    said = _merge()
-    assert said.code == 3
-    assert "eval.jsonl: this file is not the one that the run began with" in said.err
-
-
-def test_an_unfinished_run_is_refused(finished: Path) -> None:
-    (OUTPUT / "finished.json").unlink()
-    said = _merge()
-    assert said.code == 4
-    assert "this run is not finished" in said.err
-    assert finetune("merge", "base", "--out", "merged").code == 4
-
-
-def test_a_full_disk_is_refused_before_the_work(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune import hardware
-
-    real = hardware.free_disk
-    monkeypatch.setattr(hardware, "free_disk", lambda path: 1000 if "merged" in str(path) else real(path))
-    said = _merge()
-    assert said.code == 5
-    assert "the merged model needs" in said.err
-    assert not MERGED.exists()
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,10 @@ def no_folder_sync() -> None:
 
 def metrics_unsynced() -> None:
     """A checkpoint is saved while its steps' lines of metrics are only in memory."""
-    from finetune import run
 
-    run.sync_file = lambda path: None
+    from finetune import train
+
+    train.sync_file = lambda path: None
 
 
 def manifest_first() -> None:
@@ -57,9 +58,9 @@ def in_place() -> None:
 
 def metrics_uncut() -> None:
     """Lines of steps that are done again stay."""
-    from finetune import run
+    from finetune import metrics
 
-    run._step_of = lambda line: 0
+    metrics._step_of = lambda line: 0
 
 
 def dropout_by_history() -> None:

@@ -28,7 +28,7 @@ def test_masters_are_fp32_and_the_model_is_the_base(tiny_base: Path, name: str, 
     with policy.evaluating():
         found = policy.model(IDS).logits
     assert found.dtype == wanted.dtype
-    assert tiny.distance(found, wanted) < {"bf16": 2e-2, "fp16": 2e-3, "fp32": 1e-6}[compute]
+    assert tiny.distance(found, wanted) < {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-6}[compute]
 
 
 def test_a_small_step_moves_every_entry(tiny_base: Path) -> None:

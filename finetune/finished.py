@@ -1,0 +1,49 @@
+"""A finished run, opened again from its own files alone, and its model as it trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune import identity, manifest, model, prepare
+from finetune.errors import DataError, ModelError
+from finetune.model import Policy
+from finetune.prepare import Prepared
+from finetune.run import Run
+from finetune.runfolder import RunFolder
+from finetune.terminal import Terminal
+
+
+def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
+    """A finished run, from its own files alone; its base and data must be those that it trained on.
+
+    Raises:
+        ModelError: no finished run is there, its adapter is damaged, or the base has changed.
+        DataError: a data file has changed, so that new scores could not stand beside the old.
+    """
+    files = RunFolder(folder)
+    if not files.identity.is_file():
+        raise ModelError("this is not a run folder", str(folder), "give the `output:` folder of a finished run")
+    if not files.finished.is_file():
+        raise ModelError("this run is not finished", str(folder), "run `finetune train` again to finish it")
+    faults = manifest.faults(files.adapter)
+    if faults:
+        raise ModelError(faults[0], str(files.adapter), "train again, or take the adapter from a backup")
+    prepared = prepare.prepare(files.recipe)
+    stored = identity.read(files.identity)
+    if prepared.base is None or stored is None or prepared.base.digests() != stored.base:
+        raise ModelError("the base is not the one that this run trained on", prepared.recipe.model, "put it back")
+    for path, digest in stored.data.items():
+        if manifest.digest(Path(path)) != digest:
+            raise DataError("this file is not the one that the run began with", path, "put it back")
+    return prepared, files
+
+
+def live(prepared: Prepared, files: RunFolder, terminal: Terminal) -> tuple[Run, Policy]:
+    """The trained model as it trained: the adapter on the base in the run's own form."""
+    assert prepared.base is not None
+    this = Run(prepared, terminal)
+    stored = identity.read(files.identity)
+    assert stored is not None
+    this.identity, this.folder = stored, files
+    policy = model.attach_saved(model.load_base(prepared.base, this.form()), files.adapter)
+    return this, policy

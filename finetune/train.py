@@ -1,0 +1,170 @@
+"""Train a prepared recipe to its end: load, resume, step, save, judge, finish.
+
+The order of writes makes every moment resumable: identity first, then checkpoints, then the adapter, and
+``finished.json`` last. Whatever is missing is made again by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from finetune import checkpoint, devices, loop, manifest, metrics, model
+from finetune.checkpoint import Checkpoint
+from finetune.devices import Session
+from finetune.errors import EnvironmentFault, ModelError
+from finetune.interrupts import StopRequest, stop_requests
+from finetune.loop import Course, StepDone
+from finetune.metrics import StepLog
+from finetune.model import Policy
+from finetune.objectives import sft
+from finetune.prepare import Prepared
+from finetune.recipe import yamlfile
+from finetune.run import Run
+from finetune.runfolder import RunFolder, make_folder, read_json, sync_file, write_atomic, write_json
+from finetune.terminal import Terminal
+
+
+def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> RunFolder:
+    """Run a prepared recipe to its end, from wherever its folder stands.
+
+    Raises:
+        Interrupted: stopped on request; a durable checkpoint is on the disk.
+        FinetuneError: as each step says.
+    """
+    run = Run(prepared, terminal)
+    run.refuse_foreign()
+    with run.folder.lock(), stop_requests() as stop:
+        run.settle(extend)
+        course = run.course()
+        finished = read_json(run.folder.finished)
+        if finished and finished.get("steps") == len(course.steps) and not manifest.faults(run.folder.adapter):
+            terminal.say(f"this run is finished ({finished['steps']} steps): nothing to do in {run.folder.root}")
+            return run.folder
+        write_atomic(run.folder.recipe, yamlfile.dump(prepared.recipe.to_yaml_dict()).encode())
+        write_json(run.folder.plan, prepared.plan.to_dict())
+        config = dict(run.identity.recipe)
+        session = devices.start(
+            prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, prepared.plan.device
+        )
+        try:
+            _steps(run, course, session, stop)
+        finally:
+            session.finish()
+    return run.folder
+
+
+def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> None:
+    """Load, resume, train to the end of the course, then write the adapter and judge it."""
+    terminal, chosen = run.terminal, run.prepared.plan
+    saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
+    terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
+    policy = model.load_base(run.base, run.form())
+    policy = model.attach(policy, chosen.adapter_fields, course.seed)
+    parameters = policy.trainable()
+    if run.identity.resolved["recompute"] == "layers":
+        policy.recompute_layers()
+    optimizer = loop.make_optimizer(parameters, run.prepared.recipe.train.weight_decay)
+    scaler = torch.amp.GradScaler(chosen.device) if run.identity.resolved["compute"] == "fp16" else None
+    start = _resume(run, policy, optimizer, scaler, saved)
+    done, total = start, len(course.steps)
+    if start == 0:
+        run.judge(policy, "before", adapter=False)
+    elif run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
+        run.judge(policy, f"step {start}")
+    events = loop.run(policy, sft, run.prepared.examples, course, optimizer, start, scaler)
+    log = StepLog(run.folder.metrics, session, terminal, total, start)
+    with stop.deferred():
+        while done < total:
+            event = _next(events, run)
+            done = event.step
+            log.step(event)
+            asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
+            due = done % run.prepared.recipe.train.save_every == 0 or done == total
+            if due or asked:
+                _save(run, policy, optimizer, scaler, done)
+            if not asked and run.judges_at(done, total):
+                asked = not _judged(run, policy, stop, done)
+                if asked and not due:
+                    _save(run, policy, optimizer, scaler, done)
+            if asked:
+                raise stop.interrupted(f"step {done} of {total} is saved in {run.folder.root}")
+    _finish(run, policy, done)
+    run.judge(policy, "after")
+    write_json(
+        run.folder.finished, {"steps": done, "adapter": manifest.digest(run.folder.adapter / checkpoint.ADAPTER)}
+    )
+
+
+def _judged(run: Run, policy: Policy, stop: StopRequest, step: int) -> bool:
+    """Judge between two steps; False where a request to stop cut it short."""
+    try:
+        with stop.at_once():
+            run.judge(policy, f"step {step}")
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _next(events: Any, run: Run) -> StepDone:
+    """The next step; a fault in it gets the last good checkpoint's name."""
+    try:
+        event: StepDone = next(events)
+    except ModelError as error:
+        last = checkpoint.newest(run.folder.checkpoints, run.terminal.say) if run.folder.checkpoints.is_dir() else None
+        kept = f"last good checkpoint: {checkpoint.folder_name(last.step)}" if last else "no checkpoint was written yet"
+        fault = error.faults[0]
+        raise ModelError(fault.what, fault.where, f"{fault.fix}; {kept}") from None
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentFault(
+            f"out of memory: {str(error).splitlines()[0]}", "this step", "set train.micro_batch_tokens lower"
+        ) from None
+    return event
+
+
+def _resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, saved: Checkpoint | None) -> int:
+    """Put a checkpoint's state back and cut the metrics to it; returns the number of steps done."""
+    step = 0
+    if saved is not None:
+        model.load_adapter(policy.model, saved.weights, run.folder.checkpoints)
+        checkpoint.restore_optimizer(optimizer, policy.trainable(), saved.moments)
+        if scaler and saved.scaler:
+            scaler.load_state_dict(saved.scaler)
+        step = saved.step
+        run.terminal.say(f"going on after step {step}")
+        checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
+    metrics.cut(run.folder.metrics, step)
+    return step
+
+
+def _save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
+    state = Checkpoint(
+        step=step,
+        weights=model.adapter_weights(policy.model),
+        config=model.adapter_config(policy.model, run.prepared.plan.model),
+        moments=checkpoint.optimizer_tensors(optimizer, policy.trainable()),
+        scaler=scaler.state_dict() if scaler else None,
+    )
+    sync_file(run.folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
+    make_folder(run.folder.checkpoints)
+    checkpoint.save(run.folder.checkpoints, state, run.prepared.recipe.train.keep_last)
+
+
+def _finish(run: Run, policy: Policy, steps: int) -> None:
+    """The adapter folder, in PEFT's own format, with a manifest; scores of an earlier, shorter end go."""
+    from safetensors.torch import save as tensors_to
+
+    files = {
+        checkpoint.ADAPTER: tensors_to(model.adapter_weights(policy.model), {"format": "pt"}),
+        checkpoint.CONFIG: (
+            json.dumps(model.adapter_config(policy.model, run.prepared.plan.model), indent=2) + "\n"
+        ).encode(),
+    }
+    digest = manifest.digest_bytes(files[checkpoint.ADAPTER])
+    former = read_json(run.folder.adapter / manifest.NAME) or {"sha256": {}}
+    if former["sha256"].get(checkpoint.ADAPTER) not in (None, digest):
+        scores = read_json(run.folder.scores) or {}
+        write_json(run.folder.scores, {key: value for key, value in scores.items() if key not in ("after", "merged")})
+    checkpoint.write_folder(run.folder.adapter, files)

@@ -56,6 +56,7 @@ def _options(
 
 _debug = False
 _CTRL_C = 130
+_STOPPED, _GO_ON = "stopped on request", "the same command goes on from here"
 
 
 @app.command()
@@ -170,7 +171,7 @@ def main_in_process(arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
         return _unexpected(error)
     if code == _CTRL_C:  # typer's answer to KeyboardInterrupt
-        return _report(Interrupted("stopped on request", fix="the same command goes on from here"))
+        return _report(Interrupted(_STOPPED, fix=_GO_ON))
     return code if isinstance(code, int) else 0
 
 
@@ -214,8 +215,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main_in_process(sys.argv[1:])
-    except KeyboardInterrupt:  # a second request, while the first was being answered
-        code = Interrupted.exit_code
+    except KeyboardInterrupt:  # outside the part that typer watches
+        code = _report(Interrupted(_STOPPED, fix=_GO_ON))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
     sys.exit(code)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
 from finetune.errors import Interrupted
+
+_MOMENT = 0.05
+"""Seconds after which a request that was swallowed is made again."""
 
 
 class StopRequest:
@@ -28,6 +32,17 @@ class StopRequest:
         self.requested = True
         if not self._deferring:
             raise KeyboardInterrupt
+
+    def _handle_again(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring:
+            raise KeyboardInterrupt
+
+    def _swallowed(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised while it finalizes an object; then the request is made again a moment later."""
+        if unraisable.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+        else:
+            sys.__unraisablehook__(unraisable)
 
     @staticmethod
     def interrupted(detail: str = "nothing is lost") -> Interrupted:
@@ -71,11 +86,15 @@ def out_of_reach() -> Iterator[None]:
 def stop_requests() -> Iterator[StopRequest]:
     """Listen while inside; afterwards the former handlers are back."""
     request = StopRequest()
-    former = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signal.SIGINT: request._handle, signal.SIGTERM: request._handle, signal.SIGALRM: request._handle_again}
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    former_hook, sys.unraisablehook = sys.unraisablehook, request._swallowed
     try:
         yield request
     except KeyboardInterrupt:
         raise request.interrupted() from None
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = former_hook
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -93,9 +93,17 @@ def summary(folder: Path, seconds: float, terminal: Terminal) -> None:
     """What happened, where things lie, and what to type next."""
     files = RunFolder(folder)
     stored = read_json(files.scores) or {}
-    terminal.say(f"done in {duration(seconds)}")
+    note = read_json(folder / "merged" / "finetune.json") or {}
+    terminal.say()
+    terminal.say(f"done in {duration(seconds)}: trained, judged, merged and proven")
     for line in scores.table(stored):
         terminal.say(line)
+    if "proof" in note:
+        mean, bound = note["proof"]["mean_kl"], note["proof"]["bound"]
+        terminal.say(f"merged against live: mean KL {mean:.1e} nats (at most {bound:.0e})")
+    places = {"adapter": files.adapter, "merged": folder / "merged", "curves": files.metrics, "answers": files.samples}
+    for name, path in places.items():
+        terminal.say(f"{name:<12}{path}")
     terminal.say("next:")
-    for command in (f"chat {folder}", f"dashboard {folder.parent}", f"plan {files.recipe}"):
+    for command in (f"chat {folder}", f"dashboard {folder.parent}", "plan recipes/qwen2.5-14b-qlora-24gb.yaml"):
         terminal.say(f"  .venv/bin/finetune {command}")

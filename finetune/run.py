@@ -58,7 +58,7 @@ class Run:
         if self.folder.identity.exists() or not root.is_dir():
             return
         foreign = [entry.name for entry in root.iterdir() if entry.name not in _OURS and ".tmp-" not in entry.name]
-        if foreign:
+        if foreign and not self.folder.identity.exists():  # another process may have begun the run just now
             what = f"the output folder holds other files ({foreign[0]})"
             raise EnvironmentFault(what, str(root), "give the recipe an empty or new `output:`")
 

@@ -130,7 +130,7 @@ HEAVY = "{'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'trackio', 
 )
 def test_answers_that_need_no_torch_come_without_it(work: Path, arguments: list[str], code: int) -> None:
     program = (
-        "import sys, time; from finetune.cli import main_in_process; code = main_inprocess(sys.argv[1:]); "
+        "import sys, time; from finetune.cli import main_in_process; code = main_in_process(sys.argv[1:]); "
         f"print(sorted({HEAVY}), time.process_time(), code)"
     )
     done = process(program, *arguments)

@@ -28,7 +28,7 @@ def main(job: Job) -> None:
     parameters = policy.trainable()
     recompute = run.identity.resolved["recompute"]
     if recompute == "layers":
-        policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.recompute_layers()
     optimizer = loop.make_optimizer(parameters, prepared.recipe.train.weight_decay)
     events = loop.run(policy, sft, prepared.examples, course, optimizer)
     watch = Watch(job.skip)

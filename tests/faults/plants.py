@@ -23,7 +23,6 @@ def no_folder_sync() -> None:
 
 def metrics_unsynced() -> None:
     """A checkpoint is saved while its steps' lines of metrics are only in memory."""
-
     from finetune import train
 
     train.sync_file = lambda path: None

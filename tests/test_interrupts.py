@@ -1,0 +1,78 @@
+"""Requests to stop: deferred, cut at once, made again when Python swallows one, and kept from helpers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from finetune.errors import Interrupted
+from finetune.interrupts import out_of_reach, stop_requests
+
+
+class Interrupts:
+    """Asks to stop while it is being finalized: Python drops the exception that the handler raises there."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_cuts_the_work_on_the_spot(number: int) -> None:
+    former = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped on request; nothing is lost"), stop_requests():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is former
+
+
+def test_deferred_work_ends_before_the_request_is_answered() -> None:
+    done = []
+    with pytest.raises(Interrupted), stop_requests() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        done.append(stop.requested)
+    assert done == [True]
+
+
+def test_within_deferred_work_a_part_can_be_cut_at_once() -> None:
+    done = []
+    with pytest.raises(Interrupted), stop_requests() as stop, stop.deferred():
+        try:
+            with stop.at_once():
+                signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            done.append("saved")
+    assert done == ["saved"]
+    with pytest.raises(Interrupted), stop_requests() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        with stop.at_once():
+            done.append("never")
+    assert done == ["saved"]
+
+
+def test_a_swallowed_request_is_made_again(capfd: pytest.CaptureFixture[str]) -> None:
+    hook = sys.unraisablehook
+    began = time.monotonic()
+    with pytest.raises(Interrupted), stop_requests():
+        Interrupts()
+        time.sleep(10)
+    assert time.monotonic() - began < 5
+    assert capfd.readouterr().err == ""
+    assert sys.unraisablehook is hook
+
+
+def test_helpers_are_out_of_reach() -> None:
+    reading, writing = os.pipe()
+    with stop_requests(), out_of_reach():
+        pid = os.fork()
+        if pid == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os.write(writing, b"alive")
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert os.read(reading, 10) == b"alive"
+    os.close(reading)
+    os.close(writing)
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -28,36 +29,49 @@ def test_a_request_cuts_the_work_on_the_spot(number: int) -> None:
     assert signal.getsignal(number) is former
 
 
-def test_deferred_work_ends_before_the_request_is_answered() -> None:
-    done = []
-    with pytest.raises(Interrupted), stop_requests() as stop, stop.deferred():
+def deferred(done: list[str]) -> None:
+    with stop_requests() as stop, stop.deferred():
         signal.raise_signal(signal.SIGTERM)
-        done.append(stop.requested)
-    assert done == [True]
+        done.append("finished")
 
 
-def test_within_deferred_work_a_part_can_be_cut_at_once() -> None:
-    done = []
-    with pytest.raises(Interrupted), stop_requests() as stop, stop.deferred():
+def cut_within_deferred(done: list[str]) -> None:
+    with stop_requests() as stop, stop.deferred():
         try:
             with stop.at_once():
                 signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
             done.append("saved")
-    assert done == ["saved"]
-    with pytest.raises(Interrupted), stop_requests() as stop, stop.deferred():
+
+
+def asked_before_the_part(done: list[str]) -> None:
+    with stop_requests() as stop, stop.deferred():
         signal.raise_signal(signal.SIGTERM)
         with stop.at_once():
-            done.append("never")
-    assert done == ["saved"]
+            done.append("begun")
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"), [(deferred, ["finished"]), (cut_within_deferred, ["saved"]), (asked_before_the_part, [])]
+)
+def test_deferred_work_is_cut_only_where_it_allows(work: Callable[[list[str]], None], expected: list[str]) -> None:
+    done: list[str] = []
+    with pytest.raises(Interrupted):
+        work(done)
+    assert done == expected
+
+
+def swallow_and_sleep() -> None:
+    with stop_requests():
+        Interrupts()
+        time.sleep(10)
 
 
 def test_a_swallowed_request_is_made_again(capfd: pytest.CaptureFixture[str]) -> None:
     hook = sys.unraisablehook
     began = time.monotonic()
-    with pytest.raises(Interrupted), stop_requests():
-        Interrupts()
-        time.sleep(10)
+    with pytest.raises(Interrupted):
+        swallow_and_sleep()
     assert time.monotonic() - began < 5
     assert capfd.readouterr().err == ""
     assert sys.unraisablehook is hook

@@ -1,6 +1,6 @@
 """Memory and time, predicted by arithmetic on a decoder's shape: what ``plan`` weighs its choices with.
 
-The formulas follow what the training step keeps; the constants were set against measured runs (docs/reliability.md).
+The formulas follow what the training step keeps; the constants are estimates, not yet set against measured runs.
 """
 
 from __future__ import annotations

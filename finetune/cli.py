@@ -208,8 +208,8 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """The ``finetune`` command. SIGTERM is Ctrl-C from the first moment on, also before training listens for it."""
-    # Read when torch loads. Threads that sleep while they wait: on a shared machine spinning ones made the same work
-    # six to eight times slower (measured), on an idle one it makes no difference.
+    # Read when torch loads. Threads that sleep while they wait: on a machine shared with other work, spinning ones
+    # made generation several times slower (55 s against 6 s, seen once). On an idle machine it was not measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -18,7 +17,7 @@ _EVERY = 10.0
 
 def clean(text: str, limit: int = 200) -> str:
     """Printable text on one line: other characters become spaces."""
-    kept = "".join(char if char.isprintable() and unicodedata.category(char) != "Cf" else " " for char in text)
+    kept = "".join(char if char.isprintable() else " " for char in text)
     return kept if len(kept) <= limit else kept[: limit - 1] + "…"
 
 

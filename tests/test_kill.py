@@ -218,6 +218,11 @@ def test_planted_defects_are_found(rig: Rig, plant: str) -> None:
     assert not any("it was not killed" in fault for fault in sweep.faults)
 
 
+@pytest.mark.long
+def test_a_planted_lock_that_workers_inherit_is_found(rig: Rig) -> None:
+    assert len(rig.sweep(orphaned, [Moment("workers", 0.7), Moment("workers", 0.8)], "lock_inherited").faults) == 2
+
+
 # ---- long
 
 

@@ -82,8 +82,22 @@ def moments_lost() -> None:
     checkpoint.restore_optimizer = lambda optimizer, parameters, tensors: None
 
 
-def lock_ignored() -> None:
-    """Every process may work in a run folder."""
+def lock_inherited() -> None:
+    """The lock is one that started processes keep holding."""
+    import fcntl
+
+    from finetune import errors
     from finetune.runfolder import RunFolder
 
-    RunFolder.lock = lambda self: contextlib.nullcontext(self.root.mkdir(parents=True, exist_ok=True))  # type: ignore
+    @contextlib.contextmanager
+    def lock(self: RunFolder) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise errors.EnvironmentFault("another finetune process is working in this folder") from None
+        yield
+        os.close(descriptor)
+
+    RunFolder.lock = lock  # type: ignore[method-assign]

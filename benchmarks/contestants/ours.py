@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
+from benchmarks.contestants import reference
 from benchmarks.contestants.job import IGNORED, Job, Watch
 from finetune import loop, model, prepare
 from finetune.dataset import Example
@@ -31,15 +33,17 @@ def main(job: Job) -> None:
         policy.recompute_layers()
     optimizer = loop.make_optimizer(parameters, prepared.recipe.train.weight_decay)
     events = loop.run(policy, sft, prepared.examples, course, optimizer)
-    watch = Watch(job.skip)
+    watch, padded = Watch(job.skip), list[float]()
     watch.start()
     for step in range(len(job.steps)):
         if job.snapshots:
             save_file(model.adapter_weights(policy.model), job.snapshot(step))
+            with torch.no_grad():
+                padded.append(reference.loss(policy.model, job.steps[step]).item())
         event = next(events)
         watch.lap()
         watch.losses.append(event.loss)
-    watch.finish(job, recompute=recompute, micro_batch_tokens=course.micro_batch_tokens)
+    watch.finish(job, recompute=recompute, micro_batch_tokens=course.micro_batch_tokens, padded=padded)
 
 
 def _check_same_work(job: Job, course: Course, examples: Sequence[Example]) -> None:

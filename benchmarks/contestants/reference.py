@@ -16,19 +16,24 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.contestants.job import DTYPES, IGNORED, Job, Watch, device, load_plain, refuse_repacked
 
+MORE = 32
+"""Columns of padding that change nothing but where the processor rounds."""
 
-def loss(model: Any, samples: list[dict[str, list[int]]]) -> torch.Tensor:
-    """Mean over the supervised tokens of one step's samples, all in one padded batch."""
+
+def loss(model: Any, samples: list[dict[str, list[int]]], more: int = 0) -> torch.Tensor:
+    """Mean over the supervised tokens of one step's samples, all in one padded batch, ``more`` columns too wide."""
     ids = pad_sequence([torch.tensor(sample["ids"]) for sample in samples], batch_first=True)
     labels = pad_sequence(
         [torch.tensor(sample["labels"]) for sample in samples], batch_first=True, padding_value=IGNORED
     )
     mask = pad_sequence([torch.ones(len(sample["ids"]), dtype=torch.long) for sample in samples], batch_first=True)
+    ids, mask = pad(ids, (0, more)), pad(mask, (0, more))
+    labels = pad(labels, (0, more), value=IGNORED)
     logits = model(input_ids=ids.to(device()), attention_mask=mask.to(device()), use_cache=False).logits
     targets = labels[:, 1:].to(device())
     trained = targets != IGNORED
@@ -45,11 +50,12 @@ def main(job: Job) -> None:
     _refuse_other_start(job, model)
     parameters = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    watch, same_weights, under_autocast = Watch(job.skip), [], []
+    watch, same_weights, under_autocast, wider = Watch(job.skip), [], [], []
     watch.start()
     for step, samples in enumerate(job.steps):
-        plain, autocast = _losses_at_snapshot(job, model, step)
+        plain, autocast, more = _losses_at_snapshot(job, model, step)
         same_weights.append(plain)
+        wider.append(more)
         under_autocast.append(autocast)
         found = loss(model, samples)
         found.backward()  # type: ignore[no-untyped-call]
@@ -60,7 +66,7 @@ def main(job: Job) -> None:
         watch.lap()
         watch.losses.append(found.item())
     refuse_repacked(model)
-    watch.finish(job, same_weights=same_weights, same_weights_autocast=under_autocast)
+    watch.finish(job, same_weights=same_weights, same_weights_autocast=under_autocast, same_weights_wider=wider)
 
 
 def _refuse_other_start(job: Job, model: Any) -> None:
@@ -69,19 +75,20 @@ def _refuse_other_start(job: Job, model: Any) -> None:
         raise RuntimeError("the adapter's start differs from that of finetune; losses cannot be compared")
 
 
-def _losses_at_snapshot(job: Job, model: Any, step: int) -> tuple[float, float]:
+def _losses_at_snapshot(job: Job, model: Any, step: int) -> tuple[float, float, float]:
     """In training mode throughout (no dropout is set), since an evaluation-mode forward would repack 4-bit weights."""
     own = {name: value.clone() for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     set_peft_model_state_dict(model, load_file(job.snapshot(step)))
     with torch.no_grad():
         plain = loss(model, job.steps[step]).item()
+        wider = loss(model, job.steps[step], MORE).item()
         if job.compute == "fp32":
             autocast = plain
         else:
             with torch.autocast(device(), DTYPES[job.compute]):
                 autocast = loss(model, job.steps[step]).item()
     set_peft_model_state_dict(model, own)
-    return plain, autocast
+    return plain, autocast, wider
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
     faults = manifest.faults(files.adapter)
     if faults:
         raise ModelError(faults[0], str(files.adapter), "train again, or take the adapter from a backup")
-    prepared = prepare.prepare(files.recipe)
+    prepared = prepare.prepare(files.recipe, training=False)
     stored = identity.read(files.identity)
     if prepared.base is None or stored is None or prepared.base.digests() != stored.base:
         raise ModelError("the base is not the one that this run trained on", prepared.recipe.model, "put it back")
@@ -41,9 +41,7 @@ def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
 def live(prepared: Prepared, files: RunFolder, terminal: Terminal) -> tuple[Run, Policy]:
     """The trained model as it trained: the adapter on the base in the run's own form."""
     assert prepared.base is not None
-    this = Run(prepared, terminal)
-    stored = identity.read(files.identity)
-    assert stored is not None
-    this.identity, this.folder = stored, files
+    this = Run(prepared, terminal, identity.read(files.identity))
+    this.folder = files
     policy = model.attach_saved(model.load_base(prepared.base, this.form()), files.adapter)
     return this, policy

@@ -35,7 +35,7 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
             prepared.recipe.model,
             "fetch it (for the shipped recipes: make base, make tiny-base) and name its folder in `model:`",
         )
-    for line in plan_lines(prepared.plan)[-4:]:
+    for line in plan_lines(prepared.plan):
         terminal.say(line)
     from finetune import train as training
 

@@ -77,7 +77,7 @@ def compute_dtype(recipe: Recipe, hardware: Hardware) -> str:
 
 
 def make(
-    located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, *, on_disk: bool,
+    located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, *, must_fit: bool,
     notes: Sequence[str] = (), unchecked: Sequence[str] = (),
 ) -> Plan:  # fmt: skip
     """Resolve a recipe for one machine.
@@ -100,7 +100,7 @@ def make(
     if predicted.total > hardware.free_memory * budget.USABLE + predicted.overhead:
         usable = (hardware.free_memory * budget.USABLE + predicted.overhead) / 1e9
         what = f"needs about {predicted.total / 1e9:.1f} GB, at most {usable:.1f} GB can be used here"
-        if on_disk:
+        if must_fit:
             raise EnvironmentFault(what, f"memory of {hardware.name}", "lower train.max_length, or use quantize nf4")
         remarks.append(f"does not fit here: {what}")
     steps = course_steps(recipe, load.lengths) if load else None
@@ -130,7 +130,8 @@ def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
     if hardware.device == "cpu":
         found.append("no CUDA card here: training runs on the CPU")
     if compute == "fp16":
-        found.append("fp16 with loss scaling, since this device has no bf16")
+        chosen = recipe.quantize.compute == "auto" and recipe.quantize.weights != "fp16"
+        found.append(f"fp16 with loss scaling, {'since this device has no bf16' if chosen else 'as the recipe says'}")
     fields = recipe.adapter.fields
     reason = "dropout" if fields.get("lora_dropout") else "DoRA" if fields.get("use_dora") else ""
     if reason:

@@ -39,8 +39,8 @@ class Prepared:
         return self.located.recipe
 
 
-def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
-    """Check a recipe with everything it names.
+def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True) -> Prepared:
+    """Check a recipe with everything it names; and, where it is to be trained, that memory and disk are large enough.
 
     Raises:
         RecipeError, DataError, ModelError, EnvironmentFault: what is wrong; nothing has been written.
@@ -58,10 +58,10 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     held_out = held_out_rows(held, renderer, longest) if held else None
     load = _load(located.recipe, examples, held_out)
     made = plan.make(
-        located, base.shape, machine, load, on_disk=True, notes=[*base.notes, *dataset.repeats(rows, held)]
+        located, base.shape, machine, load, must_fit=training, notes=[*base.notes, *dataset.repeats(rows, held)]
     )
     free = hardware.free_disk(Path(made.output))
-    if free < made.output_bytes:
+    if training and free < made.output_bytes:
         what = f"{free / 1e6:.0f} MB free, the run writes about {made.output_bytes / 1e6:.0f} MB"
         raise EnvironmentFault(what, made.output, "free some space, or lower train.keep_last")
     return Prepared(located=located, hardware=machine, base=base, plan=made, examples=examples, held_out=held_out)
@@ -76,7 +76,7 @@ def _by_numbers(located: Located, machine: Hardware) -> Prepared:
         f"the weights, tokenizer and template of {known.name}: not on this disk (numbers: {known.evidence})",
         "token counts, and so steps per epoch and time: they need the tokenizer",
     )
-    made = plan.make(located, DecoderShape.from_known(known), machine, None, on_disk=False, unchecked=unchecked)
+    made = plan.make(located, DecoderShape.from_known(known), machine, None, must_fit=False, unchecked=unchecked)
     return Prepared(located=located, hardware=machine, base=None, plan=made, examples=(), held_out=None)
 
 

@@ -21,13 +21,13 @@ _OURS = {".lock", "identity.json"}
 
 
 class Run:
-    """A run in its folder, between start and finish."""
+    """A run in its folder. ``stored`` is the identity of one that has begun; without it the base is digested."""
 
-    def __init__(self, prepared: Prepared, terminal: Terminal) -> None:
+    def __init__(self, prepared: Prepared, terminal: Terminal, stored: Identity | None = None) -> None:
         assert prepared.base is not None
         self.prepared, self.base, self.terminal = prepared, prepared.base, terminal
         self.folder = RunFolder(Path(prepared.plan.output))
-        self.identity = self._identity()
+        self.identity = stored or self._identity()
 
     def _identity(self) -> Identity:
         chosen, data = self.prepared.plan, self.prepared.recipe.data

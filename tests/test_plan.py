@@ -28,11 +28,11 @@ def _card(gigabytes: float, **other: Any) -> Hardware:
     return Hardware(memory=size, free_memory=size, **(fields | other))
 
 
-def _plan(machine: Hardware, *overrides: str, load: Load | None = LOAD, on_disk: bool = True) -> Plan:
+def _plan(machine: Hardware, *overrides: str, load: Load | None = LOAD, must_fit: bool = True) -> Plan:
     known = known_models.find("Qwen/Qwen2.5-14B")
     assert known is not None
     located = recipe.locate(BIG, overrides)
-    return plan.make(located, DecoderShape.from_known(known), machine, load, on_disk=on_disk)
+    return plan.make(located, DecoderShape.from_known(known), machine, load, must_fit=must_fit)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_what_cannot_fit_is_refused_in_numbers() -> None:
     for gigabytes in (13, 8, 1):
         with pytest.raises(EnvironmentFault, match=r"needs about 15\.\d GB, at most \d+\.\d GB can be used here"):
             _plan(_card(gigabytes))
-    made = _plan(_card(8), on_disk=False)  # the weights may be on another machine: a note, no refusal
+    made = _plan(_card(8), must_fit=False)  # the weights may be on another machine: a note, no refusal
     assert any("does not fit here" in note for note in made.notes)
 
 
@@ -176,3 +176,9 @@ def test_the_disk_is_promised_what_a_run_takes(finished: Path, monkeypatch: pyte
     made = json.loads((finished / runs.OUTPUT / "plan.json").read_text())
     used = sum(path.stat().st_size for path in (finished / runs.OUTPUT).rglob("*") if path.is_file())
     assert used <= made["output_bytes"]
+
+
+def test_judging_a_finished_run_asks_no_room_for_training(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(hardware, "free_disk", lambda path: 5_000_000)
+    assert runs.finetune("eval", str(runs.OUTPUT)).code == 0

@@ -7,52 +7,55 @@ known in milliseconds. No torch.
 from __future__ import annotations
 
 import json
-import math
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import families, manifest
+from finetune import families, headers, manifest, tokens
 from finetune.decoder import DecoderShape
 from finetune.errors import Fault, ModelError
+from finetune.families import qwen1
+from finetune.headers import Tensor
+from finetune.runfolder import read_json
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-_HEADER_LIMIT = 100 * 1024 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """Where one tensor of the checkpoint lies."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
+ORIGIN = "original"
+"""Sub-folder of a converted base that keeps the small files of the original layout."""
+HEADERS = "headers.json"
+"""In it: the headers that the original's shards had."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base folder whose files hold together."""
+    """A base folder whose files hold together.
+
+    ``config`` and the names in ``tensors`` are native, whatever the layout on the disk; ``origin`` is the original
+    Qwen's own config where the folder is in its layout or was converted from it.
+    """
 
     folder: Path
+    layout: str
     config: dict[str, Any]
     shape: DecoderShape
     tensors: dict[str, Tensor]
     stop_token: str
     notes: tuple[str, ...]
+    origin: dict[str, Any] | None = None
 
     @property
     def shards(self) -> list[str]:
         return sorted({tensor.shard for tensor in self.tensors.values()})
 
     @property
+    def piecewise(self) -> bool:
+        """Whether the model was trained on contents tokenised apart from their frame."""
+        return self.origin is not None
+
+    @property
     def dtype(self) -> str:
         """The torch name of the dtype that most weights are stored in."""
-        stored = [tensor.dtype for tensor in self.tensors.values()]
-        return _FLOATS.get(max(set(stored), key=stored.count), "float32")
+        return _dtype(self.tensors)
 
     def files(self) -> list[Path]:
         """The files that decide what the model computes and how text becomes ids."""
@@ -62,6 +65,7 @@ class Base:
             "tokenizer.json",
             "tokenizer_config.json",
             "chat_template.jinja",
+            "qwen.tiktoken",
         }
         return [self.folder / name for name in sorted(names | set(self.shards)) if (self.folder / name).is_file()]
 
@@ -69,34 +73,79 @@ class Base:
         return {path.name: manifest.digest(path, progress) for path in self.files()}
 
 
-def inspect(folder: Path) -> Base:
+def _dtype(tensors: dict[str, Tensor]) -> str:
+    stored = [tensor.dtype for tensor in tensors.values()]
+    return _FLOATS.get(max(set(stored), key=stored.count), "float32") if stored else "float32"
+
+
+def inspect(folder: Path, rope: str | None = None, *, weights_only: bool = False) -> Base:
     """Judge a base folder.
+
+    Args:
+        rope: the recipe's choice for contexts beyond the original Qwen's ``seq_length``.
+        weights_only: pass over an absent tokenizer (``stop_token`` is then empty).
 
     Raises:
         ModelError: with every fault found, each naming the file or the tensor.
     """
-    config = _read_config(folder)
-    family = families.get(config.get("model_type", ""), folder / "config.json")
-    try:
-        shape = DecoderShape.from_config(config)
-    except KeyError as error:
-        raise ModelError(
-            f"config.json has no {error}", str(folder / "config.json"), "use the folder as published"
-        ) from None
-    except TypeError as error:
-        what = f"config.json holds a number that cannot be: {error}"
-        raise ModelError(what, str(folder / "config.json"), "use the folder as published") from None
-    tensors, faults = _read_headers(folder)
+    stored = _read_config(folder)
+    family = families.get(stored.get("model_type", ""), folder / "config.json")
+    layout = "original" if stored["model_type"] == qwen1.MODEL_TYPE else "native"
+    tensors, faults = headers.read_folder(folder)
+    config, shape, origin = _numbers(folder, stored, layout, rope, _dtype(tensors))
+    if layout == "original" and not faults:
+        tensors, faults = _as_native(folder, shape, tensors)
     if not faults:
         faults += _tensor_faults(folder, shape, tensors)
-    stop_token, found = _tokenizer_faults(folder, shape, family.STOP_TOKENS)
-    faults += found
+    stop_token = ""
+    if not weights_only or tokens.is_there(folder):
+        stop_token, found = tokens.judge(folder, shape.vocab, family.STOP_TOKENS, layout)
+        faults += found
     if faults:
         raise ModelError.of(faults)
+    return Base(
+        folder=folder, layout=layout, config=config, shape=shape, tensors=tensors, stop_token=stop_token,
+        notes=_notes(stored, layout), origin=origin,
+    )  # fmt: skip
+
+
+def _notes(stored: dict[str, Any], layout: str) -> tuple[str, ...]:
     notes = []
-    if "auto_map" in config:
+    if "auto_map" in stored:
         notes.append("config.json names remote code (auto_map): ignored, nothing from the folder is executed")
-    return Base(folder=folder, config=config, shape=shape, tensors=tensors, stop_token=stop_token, notes=tuple(notes))
+    if layout == "original":
+        notes.append("original Qwen layout: its tensors are read into native Qwen2 layers, which compute the same")
+    return tuple(notes)
+
+
+def _numbers(
+    folder: Path, stored: dict[str, Any], layout: str, rope: str | None, dtype: str
+) -> tuple[dict[str, Any], DecoderShape, dict[str, Any] | None]:
+    """(native config, shape, the original's config where there is one)."""
+    path, fix = folder / "config.json", "use the folder as published"
+    origin = stored if layout == "original" else _read_json(folder / ORIGIN / "config.json")
+    if layout == "original" and (refused := qwen1.refusals(stored)):
+        raise ModelError.of([Fault(what, str(path), mend) for what, mend in refused])
+    made = stored.get(qwen1.RECORD)
+    if rope and made and rope != made:
+        raise ModelError(f"this model was made with rope: {made}, not {rope}", str(path), f"set rope: {made}")
+    rope = rope or made
+    try:
+        config = stored
+        if layout == "original":
+            config = qwen1.native_config(stored, rope, dtype)
+        elif origin and rope:
+            config = stored | qwen1.native_config(origin, rope, dtype)
+        return config, DecoderShape.from_config(config), origin
+    except KeyError as error:
+        raise ModelError(f"config.json has no {error}", str(path), fix) from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"config.json holds a number that cannot be: {error}", str(path), fix) from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    value = read_json(path)
+    return value if isinstance(value, dict) else None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -116,63 +165,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_headers(folder: Path) -> tuple[dict[str, Tensor], list[Fault]]:
-    """Every tensor of the folder's safetensors shards, and the faults of the shards."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return {}, [Fault("the shard index cannot be read", str(index), "fetch the file again")]
-        paths = [folder / Path(name).name for name in names]
-    elif single.is_file():
-        paths = [single]
-    else:
-        pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
-        if pickles:
-            what, fix = (
-                f"weights are pickled ({pickles[0]}), which can run code",
-                "use the safetensors form of the model",
+def _as_native(folder: Path, shape: DecoderShape, stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Fault]]:
+    """The original's tensors under their native names, each with its place in the stored one."""
+    found: dict[str, Tensor] = {}
+    faults: dict[str, Fault] = {}
+    for name, (source, rows) in qwen1.pieces(shape.layers, shape.hidden).items():
+        tensor = stored.get(source)
+        if tensor is None:
+            faults[source] = Fault(
+                f"tensor {source} is missing", str(folder), "the model would be random there; fetch it again"
             )
-            return {}, [Fault(what, str(folder), fix)]
-        return {}, [Fault("no safetensors weights here", str(folder), "fetch the model again")]
-    tensors: dict[str, Tensor] = {}
-    faults: list[Fault] = []
-    for path in paths:
-        try:
-            tensors |= _header(path)
-        except FileNotFoundError:
-            faults.append(Fault("this shard is missing", str(path), "fetch it again"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            faults.append(Fault(f"this shard cannot be read: {error}", str(path), "fetch it again"))
-    return tensors, faults
-
-
-def _header(path: Path) -> dict[str, Tensor]:
-    """Parse one safetensors header and hold the file's size against it. Raises ValueError with the reason."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ValueError("it is cut off before its header")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(_HEADER_LIMIT, size - 8):
-            raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
-    tensors, end = {}, 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        low, high = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if entry["dtype"] in DTYPE_BYTES and high - low != math.prod(shape) * DTYPE_BYTES[entry["dtype"]]:
-            raise ValueError(f"tensor {name} has {high - low} bytes, which is not its shape {list(shape)}")
-        end = max(end, high)
-        tensors[name] = Tensor(shard=path.name, dtype=entry["dtype"], shape=shape)
-    if size != 8 + length + end:
-        raise ValueError(f"it has {size} bytes where its header says {8 + length + end}: the download was cut off")
-    return tensors
+        elif rows and tensor.shape[0] != 3 * shape.hidden:
+            what = f"tensor {source} is {list(tensor.shape)}, it must have 3 × {shape.hidden} rows"
+            faults[source] = Fault(what, str(folder / tensor.shard), "config.json and weights belong to two models")
+        else:
+            size = (rows[1] - rows[0], *tensor.shape[1:]) if rows else tensor.shape
+            found[name] = replace(tensor, shape=size, stored=source, rows=rows)
+    known = {tensor.stored for tensor in found.values()} | set(faults)
+    for source in sorted(set(stored) - known):
+        if not qwen1.is_leftover(source):
+            what = f"tensor {source} belongs to no part of this model"
+            faults[source] = Fault(what, str(folder / stored[source].shard), "config.json and weights do not agree")
+    return found, list(faults.values())[:20]
 
 
 def _tensor_faults(folder: Path, shape: DecoderShape, tensors: dict[str, Tensor]) -> list[Fault]:
@@ -184,47 +198,19 @@ def _tensor_faults(folder: Path, shape: DecoderShape, tensors: dict[str, Tensor]
         faults.append(Fault(what, str(folder), "the model would be random there; fetch it again"))
     for name, size in wanted.items():
         if name in tensors and tensors[name].dtype not in _FLOATS:
-            what = f"tensor {name} is stored as {tensors[name].dtype}, which is a quantised form"
+            what = f"tensor {_stored(name, tensors)} is stored as {tensors[name].dtype}, which is a quantised form"
             faults.append(Fault(what, str(folder / tensors[name].shard), "use the full-precision model"))
         elif name in tensors and tensors[name].shape != size:
-            what = f"tensor {name} is {list(tensors[name].shape)} where config.json says {list(size)}"
+            what = f"tensor {_stored(name, tensors)} is {list(tensors[name].shape)} where config.json says {list(size)}"
             faults.append(
                 Fault(what, str(folder / tensors[name].shard), "config.json and weights belong to two models")
             )
     return faults[:20]
 
 
-def _tokenizer_faults(folder: Path, shape: DecoderShape, stops: tuple[str, ...]) -> tuple[str, list[Fault]]:
-    """The stop token that ends a turn here, and what is wrong with tokenizer and template."""
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = json.loads(path.read_bytes())
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-        added = {entry["content"]: int(entry["id"]) for entry in tokenizer.get("added_tokens", [])}
-        vocabulary = tokenizer["model"]["vocab"]
-        ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))), *added.values()]
-        highest = max(map(int, ids), default=-1)
-        template = settings.get("chat_template") or (folder / "chat_template.jinja").is_file()
-    except FileNotFoundError as error:
-        return "", [Fault(f"no {Path(str(error.filename)).name}", str(folder), "fetch the model's tokenizer files")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return "", [Fault(f"the tokenizer cannot be read: {error}", str(path), "fetch it again")]
-    faults = []
-    if highest >= shape.vocab:
-        what = f"the tokenizer knows id {highest} but the model has only {shape.vocab} embedding rows"
-        faults.append(Fault(what, str(path), "tokenizer and weights belong to two models"))
-    if not template:
-        faults.append(
-            Fault(
-                "no chat template", str(folder / "tokenizer_config.json"), "use the chat or instruct form of the model"
-            )
-        )
-    stop = next((token for token in stops if token in added), "")
-    if not stop:
-        what = f"none of the family's stop tokens ({', '.join(stops)}) is in the tokenizer"
-        faults.append(Fault(what, str(path), "a model trained without a stop token never ends its answer"))
-    return stop, faults
+def _stored(name: str, tensors: dict[str, Tensor]) -> str:
+    return tensors[name].stored or name
 
 
 def stored_bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(math.prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, 2) for tensor in tensors.values())
+    return sum(tensor.bytes for tensor in tensors.values())

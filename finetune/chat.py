@@ -13,12 +13,12 @@ from finetune.terminal import Terminal, clean
 
 def load(folder: Path, terminal: Terminal) -> Policy:
     """The policy of a run folder, or of a plain model folder."""
-    from finetune import base, finished, hardware, model
+    from finetune import base, finished, hardware, loading, model
 
     if (folder / "config.json").is_file():
         found, machine = base.inspect(folder), hardware.detect()
         compute = "bf16" if machine.bf16 else "fp32"
-        form = model.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
+        form = loading.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
         return model.load_base(found, form)
     prepared, files = finished.open_run(folder)
     return finished.live(prepared, files, terminal)[1]

@@ -29,6 +29,10 @@ ADAPTER, CONFIG, OPTIMIZER, STATE = (
 )
 
 
+PROVENANCE = "finetune.json"
+"""Beside a finished adapter: the base that it belongs to, and the choices that it is valid with."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """The state after ``step`` steps. ``moments`` are the optimizer's tensors by parameter; ``scaler`` is fp16's."""

@@ -5,6 +5,7 @@ Imports no torch: ``--help`` and a faulty recipe are answered before any of it l
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -102,13 +103,35 @@ def merge(
     base: Annotated[
         str, typer.Option("--base", help="replayed (as trained against) or original (as published)")
     ] = "replayed",
+    layout: Annotated[
+        str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")
+    ] = "native",
 ) -> None:
     """Fold a run's adapter into its base, and prove that the result is the trained model."""
     if base not in ("replayed", "original"):
         raise typer.BadParameter("must be replayed or original", param_hint="--base")
+    _check_layout(layout, "--layout")
     from finetune import pipeline
 
-    pipeline.merge(run, out, base, Terminal())
+    pipeline.merge(run, out, base, Terminal(), layout)
+
+
+def _check_layout(layout: str, option: str) -> None:
+    if layout not in ("native", "original"):
+        raise typer.BadParameter("must be native or original", param_hint=option)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a model folder, or an adapter's", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="native (plain transformers) or original (the first Qwen's own)")],
+) -> None:
+    """Write a model or an adapter in the other layout. The numbers stay as they are."""
+    _check_layout(to, "--to")
+    from finetune import pipeline
+
+    pipeline.convert(source, out, to, Terminal())
 
 
 @app.command()
@@ -154,8 +177,6 @@ def _check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
 
 
 def _silent() -> Terminal:
-    import io
-
     return Terminal(out=io.StringIO(), quiet=True)
 
 
@@ -203,6 +224,7 @@ def _report(error: FinetuneError) -> int:
 def _quiet_libraries() -> None:
     """Chatter of the libraries below that a user can do nothing about. Errors stay errors: they are raised."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs what it raises
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
@@ -212,6 +234,9 @@ def main() -> None:
     # made generation several times slower (55 s against 6 s, seen once). On an idle machine it was not measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no × gets a ?
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main_in_process(sys.argv[1:])

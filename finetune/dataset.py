@@ -1,7 +1,6 @@
-"""Sources → examples: read rows, understand their format, render with the model's own template, mark the answers.
+"""Sources → examples: read rows, understand their format, let the renderer make ids of them, hold rows out.
 
-What is trained is exactly what will be asked: the ids before an answer are the ids of the generation prompt, and the
-answer ends with the turn's stop token, which is supervised. Every row is kept whole or refused by name.
+Every row is kept whole or refused by name.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from finetune import conversation, formats
 from finetune.errors import DataError, Fault
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from finetune.conversation import Conversation
+    from finetune.renderer import Renderer
 
 _MOST_FAULTS = 50
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,10 @@ def _records(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, A
         yield from enumerate(_parquet(path), 1)
         return
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        if data.startswith(_GZIP):
+            raise DataError("this is a gzip file", str(path), "unpack it and name the unpacked file")
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", str(path), "check the path") from None
     except UnicodeDecodeError as error:
@@ -124,7 +126,8 @@ def _json(text: str, where: str, faults: list[Fault]) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        faults.append(Fault(f"not valid JSON: {error}", where, "mend or remove the row"))
+        reason = "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else error
+        faults.append(Fault(f"not valid JSON: {reason}", where, "mend or remove the row"))
         return None
 
 
@@ -194,83 +197,6 @@ def repeats(rows: Sequence[Row], held: Sequence[Row]) -> list[str]:
 
 def _folded(row: Row) -> tuple[str, ...]:
     return tuple(" ".join(turn.content.split()).casefold() for turn in row.conversation)
-
-
-class Renderer:
-    """Turns conversations into ids with one tokenizer and its own chat template."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token: str) -> None:
-        self.tokenizer = tokenizer
-        self.stop_token = stop_token
-
-    def text(self, turns: Conversation, where: str, *, prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, TypeError, ValueError) as error:
-            what = f"the chat template cannot render this: {error}"
-            raise DataError(what, where, "this template cannot be trained on such a row; remove it") from None
-        assert isinstance(rendered, str)
-        return rendered
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def prompt(self, turns: Conversation, where: str = "") -> tuple[int, ...]:
-        """Ids of the generation prompt: what the model sees before it answers."""
-        return self.encode(self.text(turns, where, prompt=True))
-
-    def question(self, row: Row) -> Question:
-        """The row's last answer, asked."""
-        last = max(i for i, turn in enumerate(row.conversation) if turn.role == "assistant")
-        turns = row.conversation[:last]
-        return Question(prompt=self.prompt(turns, row.where), answer=row.conversation[last].content, where=row.where)
-
-    def examples(self, row: Row) -> list[Example]:
-        """The row as training samples: one, with every trained answer supervised.
-
-        Where the template rewrites earlier turns once a later one follows (Qwen3 drops earlier thinking), no single
-        text contains every prompt; the row then gives one sample per answer, each with the prompt it will really have.
-        """
-        answers = [i for i, turn in enumerate(row.conversation) if turn.role == "assistant" and turn.train]
-        pieces = [self._answer(row, index) for index in answers]
-        whole = self._joined(row, pieces)
-        if whole is not None:
-            return [whole]
-        return [
-            Example(ids=prompt + answer, supervised=(False,) * len(prompt) + (True,) * len(answer), where=row.where)
-            for _, prompt, answer in pieces
-        ]
-
-    def _answer(self, row: Row, index: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """(prompt's text, prompt's ids, answer's ids up to and with the stop token) of the turn at ``index``."""
-        prompt = self.text(row.conversation[:index], row.where, prompt=True)
-        full = self.text(row.conversation[: index + 1], row.where, prompt=False)
-        if not full.startswith(prompt):
-            raise DataError(
-                "the chat template renders this answer differently from its own generation prompt",
-                row.where,
-                "this template cannot be trained on such a row; remove it",
-            )
-        answer, stop, _ = full[len(prompt) :].partition(self.stop_token)
-        if not stop:
-            what = f"the template ends the answer without {self.stop_token}: the model would never learn to stop"
-            raise DataError(what, row.where, "use a chat template that closes each turn")
-        return prompt, self.encode(prompt), self.encode(answer + stop)
-
-    def _joined(self, row: Row, pieces: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> Example | None:
-        """All answers in one sample, if each later prompt continues, id by id, what came before it."""
-        ids: tuple[int, ...] = ()
-        supervised: tuple[bool, ...] = ()
-        for _, prompt, answer in pieces:
-            if prompt[: len(ids)] != ids:
-                return None
-            between = prompt[len(ids) :]
-            ids += between + answer
-            supervised += (False,) * len(between) + (True,) * len(answer)
-        return Example(ids=ids, supervised=supervised, where=row.where)
 
 
 def render(rows: Sequence[Row], renderer: Renderer, max_length: int) -> list[Example]:

@@ -46,12 +46,7 @@ def start(tracker: str, folder: Path, run_name: str, config: dict[str, Any], dev
         raise EnvironmentFault(
             "several processes were launched, one is supported so far", "WORLD_SIZE", "start `finetune train` alone"
         )
-    if tracker in _PACKAGES and find_spec(_PACKAGES[tracker]) is None:
-        raise EnvironmentFault(
-            f"the package {_PACKAGES[tracker]} is not installed",
-            f"tracker: {tracker}",
-            f'pip install "finetune-qwen[{tracker}]"',
-        )
+    refuse_missing(tracker, f"tracker: {tracker}")
     _place(tracker, folder)
     from accelerate import Accelerator
 
@@ -63,6 +58,13 @@ def start(tracker: str, folder: Path, run_name: str, config: dict[str, Any], dev
             settings = {tracker: _settings(tracker, folder, run_name)}
             accelerator.init_trackers(PROJECT, config=config, init_kwargs=settings)
     return Session(accelerator, bool(names))
+
+
+def refuse_missing(tracker: str, where: str) -> None:
+    """Raise EnvironmentFault where the tracker's package is not installed."""
+    if tracker in _PACKAGES and find_spec(_PACKAGES[tracker]) is None:
+        what, fix = f"the package {_PACKAGES[tracker]} is not installed", f'pip install "finetune-qwen[{tracker}]"'
+        raise EnvironmentFault(what, where, fix)
 
 
 def _place(tracker: str, folder: Path) -> None:

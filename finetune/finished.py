@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune import identity, manifest, model, prepare
-from finetune.errors import DataError, ModelError
+from finetune.errors import DataError, ModelError, RecipeError
 from finetune.model import Policy
 from finetune.prepare import Prepared
+from finetune.proof import UNUSABLE
 from finetune.run import Run
 from finetune.runfolder import RunFolder
 from finetune.terminal import Terminal
@@ -21,6 +22,8 @@ def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
         DataError: a data file has changed, so that new scores could not stand beside the old.
     """
     files = RunFolder(folder)
+    if (folder / UNUSABLE).is_file():
+        raise ModelError("this merge did not pass its proof", str(folder), "remove it and merge again")
     if not files.identity.is_file():
         raise ModelError("this is not a run folder", str(folder), "give the `output:` folder of a finished run")
     if not files.finished.is_file():
@@ -28,7 +31,11 @@ def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
     faults = manifest.faults(files.adapter)
     if faults:
         raise ModelError(faults[0], str(files.adapter), "train again, or take the adapter from a backup")
-    prepared = prepare.prepare(files.recipe, training=False)
+    try:
+        prepared = prepare.prepare(files.recipe, training=False)
+    except RecipeError as error:  # the recipe was good once; what it names is looked for from here
+        fix = "go to the folder where the run was started, whose files its recipe names"
+        raise RecipeError.of([fault._replace(fix=fix) for fault in error.faults]) from None
     stored = identity.read(files.identity)
     if prepared.base is None or stored is None or prepared.base.digests() != stored.base:
         raise ModelError("the base is not the one that this run trained on", prepared.recipe.model, "put it back")

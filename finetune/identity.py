@@ -14,6 +14,8 @@ from finetune.errors import DataError, EnvironmentFault, Fault, FinetuneError, M
 from finetune.runfolder import read_json, write_json
 
 LENGTHS = ("train.steps", "train.epochs")
+_FREE = ("tracker",)
+"""What may change between two parts of a run: no number of the result hangs on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,9 @@ def read(path: Path) -> Identity | None:
         return Identity(**stored)
     except TypeError:
         raise EnvironmentFault(
-            "this run's identity cannot be read", str(path), "give the recipe another `output:`, or remove the folder"
+            "this run's identity cannot be read",
+            str(path),
+            "give the recipe another `output:`, or move the folder away",
         ) from None
 
 
@@ -57,9 +61,10 @@ def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list
     Raises:
         RecipeError, DataError, ModelError: with each key or file that differs.
     """
-    keys = [key for key in _differences(old.recipe, new.recipe) if not (extend and key in LENGTHS)]
+    free = (*_FREE, *LENGTHS) if extend else _FREE
+    keys = [key for key in _differences(old.recipe, new.recipe) if key not in free]
     faults = [
-        Fault(f"was {old.recipe.get(key)!r}, is {new.recipe.get(key)!r} now", f"{folder}: {key}", _fix(key))
+        Fault(f"was {old.recipe.get(key)!r}, is {new.recipe.get(key)!r} now", f"{folder}: {key}", _fix(key, old, new))
         for key in keys
     ]
     _raise(RecipeError, faults)
@@ -74,8 +79,10 @@ def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list
     ]
 
 
-def _fix(key: str) -> str:
-    if key in LENGTHS:
+def _fix(key: str, old: Identity, new: Identity) -> str:
+    before, now = old.recipe.get(key), new.recipe.get(key)
+    shorter = isinstance(before, int | float) and isinstance(now, int | float) and now < before
+    if key in LENGTHS and not shorter:
         return "add --extend to lengthen this run, or give another `output:`"
     return "put it back to go on with this run, or give another `output:`"
 

@@ -27,6 +27,7 @@ class KnownModel(NamedTuple):
     max_position_embeddings: int
     attention_bias: bool
     evidence: str
+    seq_length: int | None = None  # of the original Qwen, which has choices beyond it
 
 
 _QWEN15 = KnownModel(
@@ -45,6 +46,14 @@ _QWEN15 = KnownModel(
     max_position_embeddings=32768,
     attention_bias=True,
     evidence="published card of the model",
+)
+
+_QWEN1 = _QWEN15._replace(
+    name="Qwen/Qwen-14B",
+    aliases=("Qwen-14B",),
+    max_position_embeddings=2048,
+    evidence="published card of the model, and its README",
+    seq_length=2048,
 )
 
 _QWEN25 = _QWEN15._replace(
@@ -107,6 +116,8 @@ _TINY = KnownModel(
 )
 
 MODELS: tuple[KnownModel, ...] = (
+    _QWEN1,
+    _QWEN1._replace(name="Qwen/Qwen-14B-Chat", aliases=("Qwen-14B-Chat",)),
     _QWEN15,
     _QWEN15._replace(name="Qwen/Qwen1.5-14B-Chat", aliases=("Qwen1.5-14B-Chat",)),
     _QWEN25,

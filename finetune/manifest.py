@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune.runfolder import json_bytes, read_json, write_synced
@@ -38,7 +38,7 @@ def faults(folder: Path) -> list[str]:
     if not isinstance(stored, dict) or not isinstance(stored.get("sha256"), dict):
         return [f"{folder.name}/{NAME} is missing or damaged"]
     entries: dict[str, str] = stored["sha256"]
-    present = {path.name for path in folder.iterdir()} - {NAME}
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {NAME}
     found = [f"{folder.name}/{name} is not in the manifest" for name in sorted(present - set(entries))]
     found += [f"{folder.name}/{name} is missing" for name in sorted(set(entries) - present)]
     found += [
@@ -49,5 +49,7 @@ def faults(folder: Path) -> list[str]:
     return found
 
 
-def digests(paths: Iterable[Path]) -> dict[str, str]:
-    return {path.name: digest(path) for path in sorted(paths)}
+def digests(folder: Path) -> dict[str, str]:
+    """Every file below ``folder`` by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    return {str(path.relative_to(folder)): digest(path) for path in files}

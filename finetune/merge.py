@@ -7,32 +7,28 @@ done to each tensor is listed first (``FoldPlan``) and every adapter key must fi
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from finetune import shards
 from finetune.base import Base
 from finetune.errors import Fault, ModelError
 from finetune.kernels import frozen_linear
-from finetune.model import DTYPES, BaseForm
-from finetune.runfolder import json_bytes, read_json, write_synced
-from finetune.shards import TORCH_DTYPES, ShardWriter
+from finetune.loading import DTYPES, BaseForm
 
 _PREFIX = "base_model.model."
-_WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)(\.index\.json)?$")
-_NOT_COPIED = {"digests.json", "README.md", "manifest.json"}
+_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """What happens to one base tensor. ``replay``: rounded first as it was in training, quantised and dequantised."""
+    """What happens to one base tensor. ``replay``: rounded first as it was in training, quantised and dequantised;
+    ``rows``: the adapter tensor that takes the place of the rows ``row_ids``."""
 
     replay: bool = False
     lora_a: str = ""
@@ -40,6 +36,8 @@ class Fold:
     magnitude: str = ""
     scaling: float = 0.0
     replacement: str = ""
+    rows: str = ""
+    row_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +68,10 @@ def make_plan(
     parts: dict[str, dict[str, str]] = {}
     faults = []
     for key in weights:
+        rows_of = f"{key.removeprefix(_PREFIX).removesuffix(_ROWS)}.weight" if key.endswith(_ROWS) else ""
+        if rows_of in base.tensors:
+            parts.setdefault(rows_of, {})["rows"] = key
+            continue
         module, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
         if module and f"{module}.weight" in base.tensors:
             parts.setdefault(f"{module}.weight", {})[part.removesuffix(".weight")] = key
@@ -81,7 +83,9 @@ def make_plan(
     for name in base.tensors:
         replay = replayed and bool(re.search(r"\.layers\.\d+\..*_proj\.weight$", name))
         found = parts.get(name, {})
-        if "whole" in found:
+        if "rows" in found:
+            folds[name] = Fold(rows=found["rows"], row_ids=_row_ids(name, config))
+        elif "whole" in found:
             folds[name] = Fold(replacement=found["whole"])
         elif found and not {"A", "B"} <= set(found):
             faults.append(Fault(f"{name} has only half of its LoRA pair", str(sorted(found)), "the adapter is damaged"))
@@ -100,6 +104,13 @@ def make_plan(
     return FoldPlan(folds=folds, form=form, replayed=replayed)
 
 
+def _row_ids(name: str, config: dict[str, Any]) -> tuple[int, ...]:
+    """The token ids whose rows of this matrix were trained."""
+    indices = config["trainable_token_indices"]
+    module = name.removesuffix(".weight")
+    return tuple(next(ids for word, ids in indices.items() if module.endswith(word)))
+
+
 def _scaling(module: str, rank: int, config: dict[str, Any]) -> float:
     """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, theorem 3.2)."""
     pattern = config.get("alpha_pattern") or {}
@@ -111,6 +122,8 @@ def fold_tensor(value: torch.Tensor, fold: Fold, form: BaseForm, weights: dict[s
     """One folded tensor in fp32. value: [out, in] as stored in the shard."""
     if fold.replacement:
         return weights[fold.replacement].float()
+    if fold.rows:
+        return value.float().index_copy_(0, torch.tensor(fold.row_ids), weights[fold.rows].float())
     held = value.to(DTYPES.get(form.weights, DTYPES[form.compute])).to(DTYPES[form.compute])
     folded = frozen_linear.replay(held, form.weights, form.double) if fold.replay else value
     folded = folded.to(torch.float32, copy=True)
@@ -124,45 +137,12 @@ def fold_tensor(value: torch.Tensor, fold: Fold, form: BaseForm, weights: dict[s
 
 
 def apply(
-    plan: FoldPlan, base: Base, weights: dict[str, torch.Tensor], out: Path, progress: Callable[[int, int], None]
-) -> None:
+    plan: FoldPlan, base: Base, weights: dict[str, torch.Tensor], out: Path, layout: str,
+    progress: Callable[[int, int], None],
+) -> None:  # fmt: skip
     """Write the merged shards, with the base's own split and dtypes, into the folder ``out``."""
-    done = 0
-    for shard in base.shards:
-        layout = {name: tensor for name, tensor in base.tensors.items() if tensor.shard == shard}
-        with safe_open(base.folder / shard, framework="pt") as source, ShardWriter(out / shard, layout) as target:
-            for name, tensor in layout.items():
-                value = source.get_tensor(name)
-                if name in plan.folds:
-                    value = fold_tensor(value, plan.folds[name], plan.form, weights).to(TORCH_DTYPES[tensor.dtype])
-                target.add(name, value)
-                done += 1
-                progress(done, len(base.tensors))
 
+    def folded(name: str, value: torch.Tensor) -> torch.Tensor:
+        return fold_tensor(value, plan.folds[name], plan.form, weights) if name in plan.folds else value
 
-def copy_files(base: Base, out: Path) -> None:
-    """Config, tokenizer, template and licence files as published; the stop token added to the generation's end."""
-    for path in sorted(base.folder.iterdir()):
-        if (
-            path.is_file()
-            and path.name not in _NOT_COPIED
-            and not _WEIGHT_FILES.match(path.name)
-            and path.suffix != ".py"
-        ):
-            shutil.copyfile(path, out / path.name)
-    index = base.folder / "model.safetensors.index.json"
-    if index.is_file():
-        write_synced(out / index.name, index.read_bytes())
-    config = {key: value for key, value in base.config.items() if key != "auto_map"}
-    write_synced(out / "config.json", json_bytes(config))
-    generation = read_json(base.folder / "generation_config.json") or {}
-    stop = _token_id(base)
-    ends = generation.get("eos_token_id", [])
-    ends = ends if isinstance(ends, list) else [ends]
-    generation["eos_token_id"] = [stop, *[end for end in ends if end != stop]]
-    write_synced(out / "generation_config.json", json_bytes(generation))
-
-
-def _token_id(base: Base) -> int:
-    tokenizer = json.loads((base.folder / "tokenizer.json").read_bytes())
-    return next(int(entry["id"]) for entry in tokenizer["added_tokens"] if entry["content"] == base.stop_token)
+    shards.rewrite(base, out, layout, folded, progress)

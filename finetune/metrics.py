@@ -53,14 +53,15 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         raise disk_fault(error, path) from error
 
 
-def cut(path: Path, step: int) -> None:
-    """Keep the lines of steps up to ``step``: those after it are about to be lived again."""
+def cut(path: Path, step: int) -> int:
+    """Keep the lines of steps up to ``step``, those after it are about to be lived again; how many there are."""
     if not path.exists():
-        return
+        return 0
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if kept != lines:
         write_atomic(path, b"".join(kept))
+    return len({_step_of(line) for line in kept})
 
 
 def _step_of(line: bytes) -> float:

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune import loading
+from finetune import tokenizer as tokenizers
 from finetune.base import Base
-from finetune.dataset import Renderer
-from finetune.errors import EnvironmentFault, ModelError
-from finetune.kernels import frozen_linear, lora_linear, varlen_attention, whole_module
-from finetune.tokenizer import load_tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseForm:
-    """How the frozen base is held. ``weights``: nf4, fp4, int8, bf16, fp16, fp32; ``compute``: bf16, fp16, fp32."""
-
-    weights: str
-    double: bool
-    compute: str
-    device: str
+from finetune.errors import ModelError
+from finetune.kernels import frozen_linear, lora_linear, trained_rows, varlen_attention, whole_module
+from finetune.loading import BaseForm
+from finetune.renderer import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +41,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.causal_lm.parameters()).device
+        device: torch.device = self.causal_lm.model.rotary_emb.inv_freq.device  # weights may be read only when needed
         return device
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
@@ -139,76 +129,20 @@ def _attention(model: Any, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def load_base(base: Base, form: BaseForm) -> Policy:
-    """The frozen base in the wanted form, every weight checked to be there and finite.
+def load_base(base: Base, form: BaseForm, progress: Callable[[int, int], None] | None = None) -> Policy:
+    """The base alone, ready to answer. Raises as ``loading.load``, whose ``progress`` this is."""
+    return _policy(base, loading.load(base, form, progress))
 
-    Raises:
-        ModelError: tensors missing, of another shape, or not finite.
-        EnvironmentFault: the device's memory is too small.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            base.folder,
-            dtype=DTYPES[form.compute if form.weights not in DTYPES else form.weights],
-            quantization_config=_quantization(form),
-            device_map={"": form.device},
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFault(f"out of memory while loading the base: {error}", str(base.folder), "see plan") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"the base does not load: {error}", str(base.folder), "run `finetune plan`") from None
-    problems = {key: sorted(map(str, report[key])) for key in ("missing_keys", "mismatched_keys") if report.get(key)}
-    if problems:
-        raise ModelError(f"the base did not load whole: {problems}", str(base.folder), "fetch it again")
-    if form.weights in DTYPES and form.compute != form.weights:
-        model = model.to(DTYPES[form.compute])
-    model.requires_grad_(False)
-    frozen_linear.freeze(model)
-    _refuse_non_finite(model, base.folder)
-    model.config.use_cache = False
-    tokenizer = load_tokenizer(base.folder)
-    renderer = Renderer(tokenizer, base.stop_token)
+def stream_base(base: Base, form: BaseForm) -> Policy:
+    """The base alone, read layer by layer at each forward pass: for a machine that it does not fit."""
+    return _policy(base, loading.streamed(base, form))
+
+
+def _policy(base: Base, model: Any) -> Policy:
+    tokenizer = tokenizers.of(base)
+    renderer = Renderer(tokenizer, base.stop_token, piecewise=base.piecewise)
     return Policy(model=model, tokenizer=tokenizer, renderer=renderer, stop_token=base.stop_token, adapted=False)
-
-
-def _quantization(form: BaseForm) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if form.weights in ("nf4", "fp4"):
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=form.weights,
-            bnb_4bit_use_double_quant=form.double,
-            bnb_4bit_compute_dtype=DTYPES[form.compute],
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if form.weights == "int8" else None
-
-
-def _refuse_non_finite(model: torch.nn.Module, folder: Path) -> None:
-    """A NaN in the base would train on silently. (A quantised block or row that held one has a NaN scale.)"""
-    for name, value in model.named_parameters():
-        for numbers in _numbers(value):
-            if numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
-                raise ModelError(f"tensor {name} holds NaN or infinity", str(folder), "fetch the base again")
-
-
-def _numbers(value: Any) -> tuple[torch.Tensor, ...]:
-    """What of a parameter can be NaN: its scales where it is quantised (their own where those are too), else itself."""
-    state = getattr(value, "quant_state", None)
-    if state is not None:
-        # The offset is the mean of the scales: one NaN among them is lost in their codes but not in their mean.
-        return (state.offset, state.state2.absmax) if state.nested else (state.absmax,)
-    rows = getattr(value, "SCB", None)
-    return (value,) if rows is None else (rows,)
 
 
 def attach(policy: Policy, fields: dict[str, Any], seed: int) -> Policy:
@@ -227,6 +161,7 @@ def attach(policy: Policy, fields: dict[str, Any], seed: int) -> Policy:
 
 def _adapted(policy: Policy, model: Any) -> Policy:
     lora_linear.fuse(model)
+    trained_rows.settle(model)
     whole_module.widen(model, policy.causal_lm.dtype)
     return Policy(
         model=model, tokenizer=policy.tokenizer, renderer=policy.renderer, stop_token=policy.stop_token, adapted=True
@@ -244,6 +179,7 @@ def attach_saved(policy: Policy, folder: Path) -> Policy:
 
     config = LoraConfig.from_pretrained(folder)
     config.inference_mode = False
+    config.base_model_name_or_path = policy.model.name_or_path  # its digests were compared; the folder may have moved
     model = get_peft_model(policy.model, config)
     adapted = _adapted(policy, model)
     load_adapter(model, load_file(folder / "adapter_model.safetensors"), folder)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import prepare, scores
-from finetune.errors import EnvironmentFault, ModelError
+from finetune import prepare, scores, source
+from finetune.errors import EnvironmentFault
 from finetune.plan import Plan
 from finetune.report import plan_lines
 from finetune.runfolder import RunFolder, read_json, write_json
@@ -30,11 +30,8 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
     """The same checks, then the run: begun, or taken up where it stands."""
     prepared = prepare.prepare(recipe, overrides)
     if prepared.base is None:
-        raise ModelError(
-            "the model is not on this disk",
-            prepared.recipe.model,
-            "fetch it (for the shipped recipes: make base, make tiny-base) and name its folder in `model:`",
-        )
+        source.bring(prepared.recipe.model, prepared.recipe.revision, terminal)
+        prepared = prepare.prepare(recipe, overrides)
     for line in plan_lines(prepared.plan):
         terminal.say(line)
     from finetune import train as training
@@ -68,11 +65,18 @@ def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:
     return found
 
 
-def merge(folder: Path, out: Path, choice: str, terminal: Terminal) -> dict[str, Any]:
+def merge(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str = "native") -> dict[str, Any]:
     """Fold the adapter into the base as it was trained against (or as published), and prove the result."""
     from finetune import certify
 
-    return certify.merge_run(folder, out, choice, terminal)
+    return certify.merge_run(folder, out, choice, terminal, layout)
+
+
+def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
+    """Write a model folder, or an adapter's, in the other layout."""
+    from finetune import convert as conversion
+
+    conversion.convert(source, out, layout, terminal)
 
 
 def chat(folder: Path, terminal: Terminal) -> None:

@@ -18,6 +18,9 @@ from finetune.hardware import Hardware
 from finetune.recipe import Located, Recipe
 from finetune.targets import Target
 
+ORIGINAL_LENGTH = 2048
+"""``seq_length`` of the original Qwen-14B: so far its native form computes the same at any setting."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -78,9 +81,9 @@ def compute_dtype(recipe: Recipe, hardware: Hardware) -> str:
 
 def make(
     located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, *, must_fit: bool,
-    notes: Sequence[str] = (), unchecked: Sequence[str] = (),
+    notes: Sequence[str] = (), unchecked: Sequence[str] = (), rows: dict[str, list[int]] | None = None,
 ) -> Plan:  # fmt: skip
-    """Resolve a recipe for one machine.
+    """Resolve a recipe for one machine. ``rows``: token ids whose rows are trained, by the matrix's module name.
 
     Raises:
         RecipeError: targets that match nothing, or a window beyond the model's positions.
@@ -90,9 +93,10 @@ def make(
     selection = targets.select(located, shape)
     if recipe.train.max_length > shape.max_positions:
         what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
-        raise RecipeError(what, located.where("train.max_length"), f"at most {shape.max_positions}")
+        raise RecipeError(what, located.where("train.max_length"), _longer(shape.max_positions, recipe.rope))
     compute = compute_dtype(recipe, hardware)
-    trained = selection.trained
+    whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
+    trained = selection.trained - selection.whole + whole
     recompute, micro, predicted = budget.fit(recipe, shape, hardware, compute, trained, load)
     remarks = [*notes, *_remarks(recipe, hardware, compute)]
     if selection.whole:
@@ -109,6 +113,8 @@ def make(
     fields = dict(recipe.adapter.fields)
     if fields.get("target_modules") in (None, "all-linear"):
         fields["target_modules"] = list(LINEARS)
+    if rows:
+        fields["trainable_token_indices"] = rows
     return Plan(
         model=recipe.model, family=shape.family, parameters=shape.parameters(),
         device=hardware.device, device_name=hardware.name,
@@ -117,12 +123,18 @@ def make(
         steps=len(steps) if steps is not None else recipe.train.steps,
         samples=len(chosen) if load else None, tokens=tokens,
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
-        targets=selection.targets, whole_parameters=selection.whole, adapter_fields=fields,
+        targets=selection.targets, whole_parameters=whole, adapter_fields=fields,
         budget=predicted, free_memory=hardware.free_memory,
         seconds=budget.seconds(shape, hardware, recompute, load, tokens) if load and tokens else None,
         output=recipe.output, output_bytes=budget.output_bytes(recipe, trained),
         notes=tuple(remarks), unchecked=tuple(unchecked),
     )  # fmt: skip
+
+
+def _longer(longest: int, rope: str | None) -> str:
+    if longest == ORIGINAL_LENGTH and rope is None:
+        return f"at most {longest}, or choose what lies beyond for an original Qwen with `rope:`"
+    return f"at most {longest}"
 
 
 def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:

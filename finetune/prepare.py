@@ -5,22 +5,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune import base as bases
-from finetune import dataset, hardware, known_models, plan, recipe
-from finetune.base import Base
+from finetune import control_tokens, dataset, devices, hardware, known_models, plan, recipe, source, tokenizer
+from finetune.base import Base, inspect
 from finetune.budget import Load
-from finetune.dataset import Example, Renderer, Row
+from finetune.dataset import Example, Row
 from finetune.decoder import DecoderShape
-from finetune.errors import EnvironmentFault
+from finetune.errors import EnvironmentFault, RecipeError
 from finetune.evaluate import HeldOut
 from finetune.hardware import Hardware
 from finetune.plan import Plan
 from finetune.recipe import Located, Recipe
-from finetune.tokenizer import load_tokenizer
+from finetune.renderer import Renderer
+
+_NO_CHOICE = "only the original Qwen has a choice here; this model's config.json says how far it reaches"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class Prepared:
     hardware: Hardware
     base: Base | None
     plan: Plan
+    commit: str | None
     examples: tuple[Example, ...]
     held_out: HeldOut | None
 
@@ -47,37 +50,88 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True)
     """
     located = recipe.locate(path, overrides)
     machine = hardware.detect()
-    folder = Path(located.recipe.model)
-    if not folder.is_dir():
+    if training:
+        _refuse_place(located)
+    found = source.find(located.recipe.model, located.recipe.revision)
+    if found is None:
         return _by_numbers(located, machine)
-    base = bases.inspect(folder)
-    renderer = Renderer(load_tokenizer(folder), base.stop_token)
+    base = _inspect(located, found.folder)
+    renderer = Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
     rows, held = read(located.recipe, special_tokens(renderer))
     longest = located.recipe.train.max_length
     examples = tuple(dataset.render(rows, renderer, longest))
     held_out = held_out_rows(held, renderer, longest) if held else None
+    _refuse_long_answers(located, base, held_out)
+    rows_trained = control_tokens.resolve(located, base, renderer)
     load = _load(located.recipe, examples, held_out)
     made = plan.make(
-        located, base.shape, machine, load, must_fit=training, notes=[*base.notes, *dataset.repeats(rows, held)]
-    )
+        located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
+        notes=[*found.notes, *base.notes, *rows_trained.notes, *dataset.repeats(rows, held)],
+    )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
         what = f"{free / 1e6:.0f} MB free, the run writes about {made.output_bytes / 1e6:.0f} MB"
         raise EnvironmentFault(what, made.output, "free some space, or lower train.keep_last")
-    return Prepared(located=located, hardware=machine, base=base, plan=made, examples=examples, held_out=held_out)
+    return Prepared(
+        located=located, hardware=machine, base=base, plan=made, commit=found.commit, examples=examples,
+        held_out=held_out,
+    )  # fmt: skip
+
+
+def _refuse_place(located: Located) -> None:
+    """What a run would only meet once it has begun: an output that is no folder, a missing package, no processors."""
+    chosen = located.recipe
+    output = Path(chosen.output)
+    blocked = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
+    if blocked is not None:
+        raise RecipeError(f"{blocked} is a file", located.where("output"), "name a folder")
+    devices.refuse_missing(chosen.tracker, located.where("tracker"))
+    processors = os.cpu_count() or 1
+    if chosen.train.workers > processors:
+        what = f"{chosen.train.workers} processes on {processors} processors"
+        raise EnvironmentFault(what, located.where("train.workers"), f"at most {processors} here")
+
+
+def _inspect(located: Located, folder: Path) -> Base:
+    rope = located.recipe.rope
+    base = inspect(folder, rope)
+    if rope and base.origin is None:
+        raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
+    return base
+
+
+def _refuse_long_answers(located: Located, base: Base, held_out: HeldOut | None) -> None:
+    """A generated answer must end within the positions that the model has."""
+    wanted = located.recipe.evaluate
+    if held_out is None or "exact_match" not in wanted.metrics:
+        return
+    longest = max(len(question.prompt) for question in held_out.questions)
+    if longest + wanted.max_new_tokens > base.shape.max_positions:
+        what = f"a prompt of {longest} tokens leaves no room for so many: the model has {base.shape.max_positions}"
+        raise RecipeError(what, located.where("evaluate.max_new_tokens"), "lower it")
 
 
 def _by_numbers(located: Located, machine: Hardware) -> Prepared:
-    """A known model that is not on the disk: the plan comes from committed config numbers."""
-    known = known_models.find(located.recipe.model)
-    assert known is not None, "recipe.locate lets only folders and known models pass"
+    """A model that is not on the disk: the plan comes from committed config numbers, or from its config on the hub."""
+    name, rope = located.recipe.model, located.recipe.rope
+    known = known_models.find(name)
+    if known is not None:
+        shape, evidence = DecoderShape.from_known(known), f"numbers: {known.evidence}"
+        reach = source.reach_of(known, rope)
+    else:
+        shape, reach = source.remote_shape(name, located.recipe.revision, rope)
+        evidence = "numbers: its config.json on the hub"
+    if rope and reach is None:
+        raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
+    shape = replace(shape, max_positions=reach or shape.max_positions)
     read(located.recipe, ())
     unchecked = (
-        f"the weights, tokenizer and template of {known.name}: not on this disk (numbers: {known.evidence})",
+        f"the weights, tokenizer and template of {name}: not on this disk ({evidence})",
         "token counts, and so steps per epoch and time: they need the tokenizer",
+        "whether the base has learned its template's control tokens: that is seen in the weights",
     )
-    made = plan.make(located, DecoderShape.from_known(known), machine, None, must_fit=False, unchecked=unchecked)
-    return Prepared(located=located, hardware=machine, base=None, plan=made, examples=(), held_out=None)
+    made = plan.make(located, shape, machine, None, must_fit=False, unchecked=unchecked)
+    return Prepared(located=located, hardware=machine, base=None, plan=made, commit=None, examples=(), held_out=None)
 
 
 def special_tokens(renderer: Renderer) -> list[str]:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 MEAN_KL = {"replayed": 1e-3, "original": 0.1}
 """The bounds. Into the published weights of a 4-bit run the model moves by design; then only nonsense is refused."""
+UNUSABLE = "config.json.unusable"
 _POSITIONS = 512
+_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,29 @@ class Proof:
 def distributions(policy: Policy, examples: Sequence[Example]) -> torch.Tensor:
     """Log-probabilities at the first supervised positions of the examples. → [positions, vocabulary], fp32."""
     found: list[torch.Tensor] = []
-    count = 0
     with policy.evaluating():
-        for example in examples:
-            batch = sft.collate([example]).to(policy.device)
+        for chosen in _batches(examples):
+            batch = sft.collate(chosen).to(policy.device)
             hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
             logits = wide(policy.head(hidden[batch.predictors]))
             found.append(logits.log_softmax(dim=-1).cpu())
-            count += len(batch.targets)
-            if count >= _POSITIONS:
-                break
     return torch.cat(found)[:_POSITIONS]
+
+
+def _batches(examples: Sequence[Example]) -> list[list[Example]]:
+    """As many examples as the positions need, packed: a model that is read layer by layer is read once a batch."""
+    batches: list[list[Example]] = []
+    tokens = count = 0
+    for example in examples:
+        if count >= _POSITIONS:
+            break
+        if not batches or tokens + len(example.ids) > _TOKENS:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(example)
+        tokens += len(example.ids)
+        count += sum(example.supervised)
+    return batches
 
 
 def compare(live: torch.Tensor, merged: torch.Tensor, choice: str) -> Proof:
@@ -74,4 +88,4 @@ def compare(live: torch.Tensor, merged: torch.Tensor, choice: str) -> Proof:
 
 def mark_unusable(folder: Path) -> None:
     """Take the name from the config, so that nothing loads the folder by accident."""
-    (folder / "config.json").rename(folder / "config.json.unusable")
+    (folder / "config.json").rename(folder / UNUSABLE)

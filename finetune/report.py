@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from finetune.plan import Plan
-from finetune.terminal import duration, size
+from finetune.terminal import amount, duration, size
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """The plan, ready to print."""
     lines = [
-        f"model      {plan.model} ({plan.family}, {plan.parameters / 1e6:,.0f} M parameters)",
+        f"model      {plan.model} ({plan.family}, {amount(plan.parameters)} parameters)",
         f"device     {plan.device_name} ({plan.device}), {size(plan.free_memory)} free",
         f"base       {plan.weights}{' double' if plan.double and plan.weights in ('nf4', 'fp4') else ''}, "
         f"products in {plan.compute}{' with loss scaling' if plan.loss_scaling else ''}",
         "",
-        f"{'target':<12}{'modules':>8}{'shape':>16}{'base':>12}{'adapter':>12}{'MB':>8}",
+        f"{'target':<12}{'modules':>8}{'shape':>16}{'base':>12}{'adapter':>12}{'in fp32':>10}",
     ]
     for target in plan.targets:
         shape = f"{target.shape[0]}×{target.shape[1]}"
-        megabytes = target.adapter_parameters * 4 / 1e6
         lines.append(
-            f"{target.module:<12}{target.count:>8}{shape:>16}{target.base_parameters / 1e6:>10.1f} M"
-            f"{target.adapter_parameters / 1e6:>10.2f} M{megabytes:>8.1f}"
+            f"{target.module:<12}{target.count:>8}{shape:>16}{amount(target.base_parameters):>12}"
+            f"{amount(target.adapter_parameters):>12}{size(target.adapter_parameters * 4):>10}"
         )
     lines += ["", *_memory(plan), "", *_course(plan)]
     lines += [f"note       {note}" for note in plan.notes]

@@ -10,8 +10,9 @@ import torch
 from finetune import evaluate, hardware, identity, manifest, plan, recipe
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.identity import Identity
+from finetune.loading import BaseForm
 from finetune.loop import Course
-from finetune.model import BaseForm, Policy
+from finetune.model import Policy
 from finetune.prepare import Prepared
 from finetune.runfolder import RunFolder, read_json
 from finetune.scores import record
@@ -57,6 +58,9 @@ class Run:
         root = self.folder.root
         if self.folder.identity.exists() or not root.is_dir():
             return
+        if self.folder.checkpoints.is_dir():
+            what = "this folder holds a run without its identity.json: what it belongs to cannot be told"
+            raise EnvironmentFault(what, str(root), "put the file back, or give the recipe another `output:`")
         foreign = [entry.name for entry in root.iterdir() if entry.name not in _OURS and ".tmp-" not in entry.name]
         if foreign and not self.folder.identity.exists():  # another process may have begun the run just now
             what = f"the output folder holds other files ({foreign[0]})"

@@ -6,6 +6,7 @@ anything is printed.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,14 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def amount(count: float) -> str:
+    """A number of parameters in the unit that shows it."""
+    for unit, scale in (("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count:.0f}"
 
 
 def duration(seconds: float) -> str:
@@ -57,6 +66,7 @@ class Terminal:
             return
         now = time.monotonic()
         if self.out.isatty():
+            text = text[: max(1, shutil.get_terminal_size().columns - 1)]  # a line that wraps cannot be redrawn
             self.out.write("\r" + text.ljust(self._width))
             self._width = len(text)
             if last:

@@ -7,6 +7,7 @@ The order of writes makes every moment resumable: identity first, then checkpoin
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +24,17 @@ from finetune.objectives import sft
 from finetune.prepare import Prepared
 from finetune.recipe import yamlfile
 from finetune.run import Run
-from finetune.runfolder import RunFolder, make_folder, read_json, sync_file, write_atomic, write_json
-from finetune.terminal import Terminal
+from finetune.runfolder import (
+    RunFolder,
+    json_bytes,
+    make_folder,
+    read_json,
+    remove,
+    sync_file,
+    write_atomic,
+    write_json,
+)
+from finetune.terminal import Progress, Terminal
 
 
 def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> RunFolder:
@@ -36,6 +46,17 @@ def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> Ru
     """
     run = Run(prepared, terminal)
     run.refuse_foreign()
+    fresh = not run.folder.root.exists()
+    try:
+        return _train(run, terminal, extend)
+    except ModelError:
+        if fresh and not run.folder.checkpoints.exists():  # a base that does not load leaves nothing behind
+            remove(run.folder.root)
+        raise
+
+
+def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
+    prepared = run.prepared
     with run.folder.lock(), stop_requests() as stop:
         run.settle(extend)
         course = run.course()
@@ -61,7 +82,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     terminal, chosen = run.terminal, run.prepared.plan
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
-    policy = model.load_base(run.base, run.form())
+    policy = model.load_base(run.base, run.form(), _loading_bar(run))
     policy = model.attach(policy, chosen.adapter_fields, course.seed)
     parameters = policy.trainable()
     if run.identity.resolved["recompute"] == "layers":
@@ -70,9 +91,8 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     scaler = torch.amp.GradScaler(chosen.device) if run.identity.resolved["compute"] == "fp16" else None
     start = _resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
-    if start == 0:
-        run.judge(policy, "before", adapter=False)
-    elif run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
+    run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
+    if start and run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
         run.judge(policy, f"step {start}")
     events = loop.run(policy, sft, run.prepared.examples, course, optimizer, start, scaler)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
@@ -96,6 +116,13 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     write_json(
         run.folder.finished, {"steps": done, "adapter": manifest.digest(run.folder.adapter / checkpoint.ADAPTER)}
     )
+
+
+def _loading_bar(run: Run) -> Callable[[int, int], None] | None:
+    """Progress in MB for a base that takes a while to read."""
+    shown = Progress(run.terminal, "reading the base, MB")
+    large = sum(tensor.bytes for tensor in run.base.tensors.values()) > 2e9
+    return (lambda done, total: shown(done // 1_000_000, total // 1_000_000)) if large else None
 
 
 def _judged(run: Run, policy: Policy, stop: StopRequest, step: int) -> bool:
@@ -135,7 +162,9 @@ def _resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: 
         step = saved.step
         run.terminal.say(f"going on after step {step}")
         checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
-    metrics.cut(run.folder.metrics, step)
+    kept = metrics.cut(run.folder.metrics, step)
+    if kept < step:
+        run.terminal.say(f"{run.folder.metrics} has lost {step - kept} of {step} steps: the curve goes on without them")
     return step
 
 
@@ -156,7 +185,15 @@ def _finish(run: Run, policy: Policy, steps: int) -> None:
     """The adapter folder, in PEFT's own format, with a manifest; scores of an earlier, shorter end go."""
     from safetensors.torch import save as tensors_to
 
+    recipe = run.prepared.recipe
+    made = {
+        "base": recipe.model,
+        "commit": run.prepared.commit,
+        "base_sha256": run.identity.base,
+        "rope": recipe.rope,
+    }
     files = {
+        checkpoint.PROVENANCE: json_bytes(made),
         checkpoint.ADAPTER: tensors_to(model.adapter_weights(policy.model), {"format": "pt"}),
         checkpoint.CONFIG: (
             json.dumps(model.adapter_config(policy.model, run.prepared.plan.model), indent=2) + "\n"

@@ -140,8 +140,7 @@ def awake(adapter: Path) -> None:
         elif "lora_A" not in name:  # DoRA's lengths, whole modules
             weights[name] = weights[name] * (1 + 0.1 * noise)
     save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
-    files = [path for path in adapter.iterdir() if path.name != manifest.NAME]
-    manifest.write(adapter, manifest.digests(files))
+    manifest.write(adapter, manifest.digests(adapter))
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

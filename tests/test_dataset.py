@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from finetune import base as bases
-from finetune import conversation, dataset, model, prepare
+from finetune import conversation, dataset, layouts, prepare
 from finetune.conversation import Conversation, Turn
-from finetune.dataset import Example, Renderer, Row
+from finetune.dataset import Example, Row
 from finetune.errors import DataError
+from finetune.renderer import Renderer
+from finetune.tokenizer import load_tokenizer
 from tests.runs import chat, write_rows
 
 # As Qwen3's: an earlier answer loses its thinking once a later question follows it.
@@ -51,12 +53,12 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def renderer(tiny_base: Path) -> Renderer:
-    return Renderer(model.load_tokenizer(tiny_base), bases.inspect(tiny_base).stop_token)
+    return Renderer(load_tokenizer(tiny_base), bases.inspect(tiny_base).stop_token)
 
 
 @pytest.fixture(scope="module")
 def forgetful(tiny_base: Path) -> Renderer:
-    tokenizer = model.load_tokenizer(tiny_base)
+    tokenizer = load_tokenizer(tiny_base)
     tokenizer.chat_template = FORGETFUL
     return Renderer(tokenizer, "<|im_end|>")
 
@@ -127,10 +129,8 @@ def test_the_prompt_is_that_of_the_folder_we_leave(trained: Path, renderer: Rend
     """The tokenizer that a merged folder ships asks with the ids that were trained."""
     from transformers import AutoTokenizer
 
-    from finetune import merge
-
     base = bases.inspect(trained / "base")
-    merge.copy_files(base, tmp_path)
+    layouts.write(base, tmp_path, "native")
     shipped = AutoTokenizer.from_pretrained(tmp_path)
     rows = dataset.read_rows(trained / "train.jsonl")
     for row in rows:
@@ -194,7 +194,7 @@ def test_rows_that_are_too_long_are_named_and_none_is_cut(renderer: Renderer) ->
     ],
 )
 def test_a_template_that_cannot_be_trained_on_is_refused(tiny_base: Path, template: str, what: str) -> None:
-    tokenizer = model.load_tokenizer(tiny_base)
+    tokenizer = load_tokenizer(tiny_base)
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=what) as caught:
         dataset.render([Row(conversation=(Turn("user", "a"), Turn("assistant", "b")), where="f:7")],
@@ -264,7 +264,7 @@ Build = Callable[..., Path]
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_each_family_trains_the_prompt_it_will_see(family: str, build_tiny: Build, tmp_path: Path) -> None:
     folder = build_tiny(tmp_path / family, family=family)
-    renderer = Renderer(model.load_tokenizer(folder), bases.inspect(folder).stop_token)
+    renderer = Renderer(load_tokenizer(folder), bases.inspect(folder).stop_token)
     for seed in range(20):
         turns = _conversation(random.Random(seed))
         found = _prompts(renderer.examples(Row(conversation=turns, where="r:1")))

@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, data in {"a.json": b"{}", "weights": bytes(range(256)) * 40, "empty": b""}.items():
         (folder / name).write_bytes(data)
-    manifest.write(folder, manifest.digests(folder.iterdir()))
+    manifest.write(folder, manifest.digests(folder))
     return folder
 
 

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune import base as bases
-from finetune import finished, merge, model, proof
+from finetune import finished, loading, merge, model, proof
 from finetune.base import Base
 from finetune.errors import ModelError
 from finetune.kernels import frozen_linear
-from finetune.model import BaseForm, Policy
+from finetune.loading import BaseForm
+from finetune.model import Policy
 from finetune.terminal import Terminal
 from tests import runs, tiny
 from tests.runs import MERGED, OUTPUT, awake, merge_run
@@ -225,4 +226,4 @@ def test_the_replayed_weight_is_the_loaded_one(
     for name, module in live.model.named_modules():
         if name.endswith("_proj"):
             folded = merge.fold_tensor(shard[f"{name}.weight"], merge.Fold(replay=True), form, {})
-            assert torch.equal(folded, frozen_linear.dense_weight(module, model.DTYPES[compute]).float()), name
+            assert torch.equal(folded, frozen_linear.dense_weight(module, loading.DTYPES[compute]).float()), name

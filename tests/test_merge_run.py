@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune import base as bases
-from finetune import hardware, manifest, merge, model
+from finetune import certify, hardware, layouts, manifest, merge
 from finetune.errors import ModelError
 from finetune.kernels import frozen_linear
+from finetune.tokenizer import load_tokenizer
 from tests import runs
 from tests.runs import MERGED, OUTPUT, awake, finetune, merge_run
 
@@ -39,7 +40,7 @@ def test_the_merged_folder_is_whole(finished: Path) -> None:
 
 def test_the_merged_model_ends_its_answers(finished: Path) -> None:
     generation = Path("base/generation_config.json")
-    tokenizer = model.load_tokenizer(Path("base"))
+    tokenizer = load_tokenizer(Path("base"))
     stop, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     for given, wanted in ((end, [stop, end]), ([end, stop], [stop, end]), (None, [stop])):
         source = {"eos_token_id": given} if given is not None else {}
@@ -50,7 +51,7 @@ def test_the_merged_model_ends_its_answers(finished: Path) -> None:
         target = finished / "out"
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        merge.copy_files(bases.inspect(merge_source), target)
+        layouts.write(bases.inspect(merge_source), target, "native")
         written = json.loads((target / generation.name).read_text())
         assert written == {"eos_token_id": wanted, "temperature": 0.7, "do_sample": True}
 
@@ -200,3 +201,16 @@ def test_a_full_disk_is_refused_before_the_work(finished: Path, monkeypatch: pyt
     assert said.code == 5
     assert "the merged model needs" in said.err
     assert not MERGED.exists()
+
+
+def test_a_merged_model_that_does_not_fit_is_compared_layer_by_layer(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = merge_run()
+    assert whole.code == 0, whole.err
+    monkeypatch.setattr(certify, "_fits", lambda merged, form: False)
+    said = merge_run(out=Path("streamed"))
+    assert said.code == 0, said.err
+    assert "compared layer by layer, its rows are not scored" in said.out
+    notes = [json.loads((folder / "finetune.json").read_text()) for folder in (MERGED, Path("streamed"))]
+    assert notes[0]["proof"] == notes[1]["proof"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import base as bases
-from finetune.base import Tensor
+from finetune import headers
 from finetune.errors import EnvironmentFault
-from finetune.shards import ShardWriter
+from finetune.headers import Tensor
+from finetune.shards import ShardWriter, header_of
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
@@ -39,7 +39,7 @@ def _layout(values: dict[str, torch.Tensor]) -> dict[str, Tensor]:
 
 def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
     values = _values()
-    with ShardWriter(tmp_path / "a", _layout(values)) as shard:
+    with ShardWriter(tmp_path / "a", header_of(_layout(values))) as shard:
         for name, value in values.items():
             shard.add(name, value)
     read = load_file(tmp_path / "a")
@@ -47,7 +47,7 @@ def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
     for name, value in values.items():
         assert read[name].dtype == value.dtype
         assert torch.equal(read[name], value), name
-    assert bases._header(tmp_path / "a") == {
+    assert headers.read(tmp_path / "a") == {
         name: Tensor(shard="a", dtype=entry.dtype, shape=entry.shape) for name, entry in _layout(values).items()
     }
 
@@ -55,7 +55,7 @@ def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
 def test_views_are_written_as_they_look(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     views = {"F32.a": whole.T, "F32.b": whole[:, 1], "F32.c": whole[1:, ::2]}
-    with ShardWriter(tmp_path / "a", _layout(views)) as shard:
+    with ShardWriter(tmp_path / "a", header_of(_layout(views))) as shard:
         for name, value in views.items():
             shard.add(name, value)
     assert all(torch.equal(value, views[name]) for name, value in load_file(tmp_path / "a").items())
@@ -63,7 +63,7 @@ def test_views_are_written_as_they_look(tmp_path: Path) -> None:
 
 def test_the_bytes_of_a_tensor_are_those_of_safetensors(tmp_path: Path) -> None:
     values = {"F32.a": torch.randn(4, 4), "F32.b": torch.randn(2)}
-    with ShardWriter(tmp_path / "a", _layout(values)) as shard:
+    with ShardWriter(tmp_path / "a", header_of(_layout(values))) as shard:
         for name, value in values.items():
             shard.add(name, value)
     save_file(values, tmp_path / "b", {"format": "pt"})
@@ -76,12 +76,12 @@ def test_order_and_completeness_are_kept(tmp_path: Path) -> None:
     values = {"F32.a": torch.zeros(2), "F32.b": torch.zeros(2)}
     with (
         pytest.raises(AssertionError, match=r"F32\.b is not the tensor due"),
-        ShardWriter(tmp_path / "a", _layout(values)) as shard,
+        ShardWriter(tmp_path / "a", header_of(_layout(values))) as shard,
     ):
         shard.add("F32.b", values["F32.b"])
     with (
         pytest.raises(AssertionError, match=r"F32\.b.* were not written"),
-        ShardWriter(tmp_path / "a", _layout(values)) as shard,
+        ShardWriter(tmp_path / "a", header_of(_layout(values))) as shard,
     ):
         shard.add("F32.a", values["F32.a"])
 
@@ -89,7 +89,7 @@ def test_order_and_completeness_are_kept(tmp_path: Path) -> None:
 def test_each_tensor_goes_to_the_file_at_once(tmp_path: Path) -> None:
     """Nothing is gathered: after each tensor the file has grown by it."""
     values = {f"F32.{index}": torch.zeros(100_000) for index in range(4)}
-    with ShardWriter(tmp_path / "a", _layout(values)) as shard:
+    with ShardWriter(tmp_path / "a", header_of(_layout(values))) as shard:
         start = (tmp_path / "a").stat().st_size
         for index, (name, value) in enumerate(values.items(), 1):
             shard.add(name, value)
@@ -113,7 +113,7 @@ class _Full:
 
 def test_a_full_disk_is_a_fault_of_the_environment(tmp_path: Path) -> None:
     values = {"F32.a": torch.zeros(2)}
-    shard = ShardWriter(tmp_path / "a", _layout(values))
+    shard = ShardWriter(tmp_path / "a", header_of(_layout(values)))
     shard._file.close()
     shard._file = _Full(shard._file)
     with pytest.raises(EnvironmentFault, match="cannot write: No space left"):

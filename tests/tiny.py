@@ -11,10 +11,13 @@ import torch
 
 from finetune import base as bases
 from finetune import model
-from finetune.dataset import Example, Renderer
+from finetune.dataset import Example
+from finetune.loading import BaseForm
 from finetune.loop import Course, StepDone, run
-from finetune.model import BaseForm, Policy
+from finetune.model import Policy
 from finetune.objectives import sft
+from finetune.renderer import Renderer
+from finetune.tokenizer import load_tokenizer
 
 FIELDS: dict[str, Any] = {
     "r": 4,
@@ -54,7 +57,7 @@ def exact(folder: Path) -> Policy:
             causal_lm.set_submodule(name, norm)
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False
-    tokenizer = model.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     stop = bases.inspect(folder).stop_token
     return Policy(
         model=causal_lm, tokenizer=tokenizer, renderer=Renderer(tokenizer, stop), stop_token=stop, adapted=False

@@ -28,6 +28,13 @@ APACHE = Licence(
     "apache-2.0", "Apache License 2.0", "pass the licence text and any NOTICE on, and say what was changed"
 )
 
+TONGYI = Licence(
+    "tongyi-qianwen",
+    "Tongyi Qianwen licence agreement",
+    "pass the agreement and its Notice sentence on, mark changed files; ask for a licence above 100 million users a "
+    "month; do not use the model or its output to improve another LLM",
+)
+
 
 class Family(Protocol):
     """What a file of this folder offers."""
@@ -42,6 +49,10 @@ class Family(Protocol):
     """Known models by name, without the publisher. A name not listed here has terms that must be looked up."""
 
 
+_FILES = {"qwen": "qwen1"}
+"""Where the file is not named as the ``model_type``: the first Qwen calls itself just that."""
+
+
 def names() -> tuple[str, ...]:
     """Every family there is, in the order of the alphabet."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -49,12 +60,10 @@ def names() -> tuple[str, ...]:
 
 def get(model_type: str, where: Path | str = "config.json: model_type") -> Family:
     """The family of that ``model_type``; ModelError, at the place ``where``, when there is none."""
-    if model_type in names():
-        return cast(Family, importlib.import_module(f"{__name__}.{model_type}"))
+    name = _FILES.get(model_type, model_type)
+    if name in names() and model_type not in _FILES.values():
+        return cast(Family, importlib.import_module(f"{__name__}.{name}"))
     known = ", ".join(names())
-    if model_type == "qwen":
-        fix = "use a Qwen1.5 or later 14B checkpoint (model_type qwen2 or qwen3)"
-        raise ModelError("original Qwen-1 checkpoints are not read yet", str(where), fix)
     close = difflib.get_close_matches(str(model_type), names(), n=1)
     fix = f"known ones: {known}" + (f"; did you mean {close[0]!r}?" if close else "")
     raise ModelError(f"unknown model_type {model_type!r}", str(where), fix)

@@ -5,18 +5,12 @@ and the README of the Qwen2.5 repository (all Apache-2.0 but 3B and 72B). Qwen1.
 of the first Qwen's; its own text was not seen, so its duties here are the cautious reading.
 """
 
-from finetune.families import APACHE, Licence
+from finetune.families import APACHE, TONGYI, Licence
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STOP_TOKENS = ("<|im_end|>",)
 TEMPLATE = "ChatML: <|im_start|>role, newline, content, <|im_end|>, newline; a default system prompt when none is given"
 
-_TONGYI = Licence(
-    "tongyi-qianwen",
-    "Tongyi Qianwen licence agreement",
-    "pass the agreement and its Notice sentence on, mark changed files; ask for a licence above 100 million users a "
-    "month; do not use the model or its output to improve another LLM",
-)
 _RESEARCH = Licence(
     "qwen-research",
     "Qwen Research licence agreement",
@@ -30,8 +24,8 @@ _QWEN = Licence(
     "a month",
 )
 LICENSES = {
-    "Qwen1.5-14B": _TONGYI,
-    "Qwen1.5-14B-Chat": _TONGYI,
+    "Qwen1.5-14B": TONGYI,
+    "Qwen1.5-14B-Chat": TONGYI,
     "Qwen2.5-3B": _RESEARCH,
     "Qwen2.5-3B-Instruct": _RESEARCH,
     "Qwen2.5-72B": _QWEN,

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from finetune.errors import ModelError
+from finetune.kernels import logn
 
 NAME = "finetune_varlen"
 
@@ -70,7 +71,7 @@ def reference(
 
 
 def _transformers_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -78,6 +79,7 @@ def _transformers_attention(
     scaling: float | None = None,
     segment_bounds: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The signature that transformers' layers call; ``segment_bounds`` travels from the model's keyword arguments.
@@ -90,6 +92,9 @@ def _transformers_attention(
     if sliding_window is not None and longest > sliding_window:
         what = f"this model attends within {sliding_window} tokens, a sample has {longest}"
         raise ModelError(what, "config.json: sliding_window", f"set train.max_length to {sliding_window} or less")
+    if start := getattr(module.config, "logn_from", 0):
+        assert position_ids is not None, "logn attention needs each token's position"
+        query = logn.scaled(query, position_ids, start)
     return attend(query, key, value, segment_bounds, scaling).transpose(1, 2).contiguous(), None
 
 

@@ -126,9 +126,21 @@ class Evaluate(_Section):
 class Recipe(_Section):
     """Everything a run depends on besides the machine, the base weights and the data files."""
 
-    model: str = Field(description="base model: a folder, or the id of a known model")
+    model: str = Field(description="base model: a folder, or a model's id on the hub")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a model on the hub")
+    rope: (
+        Literal["plain", "plain+logn", "bucket-4096", "bucket-4096+logn", "bucket-8192", "bucket-8192+logn"] | None
+    ) = Field(
+        default=None,
+        description="original Qwen beyond its 2048 tokens: one choice for training, evaluation and export",
+    )
     quantize: Quantize
     adapter: Adapter
+    trainable_tokens: Literal["auto", "none"] | list[str] = Field(
+        default="auto",
+        description="tokens whose rows of embedding and head are trained too; auto takes those of the template that "
+        "the base never learned",
+    )
     data: Data
     train: Train
     evaluate: Evaluate = Evaluate()

@@ -13,6 +13,7 @@ from finetune.recipe.words import Finding, did_you_mean, near_path, nearest, sho
 from finetune.recipe.yamlfile import KeyPath
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z][A-Za-z0-9+.-]*:/?/?[^/\\]*@")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _PART_CHARACTERS = 96
 _PART_BYTES = 255  # what file systems take for one name
 
@@ -37,12 +38,18 @@ def _model(name: str) -> Iterator[Finding]:
         yield Finding(at, "a URL is not accepted", "name a folder or a known model")
     elif any(_control(name)):
         yield Finding(at, f"holds a control character: {shown(name)}", "remove it")
-    elif not _is_dir(name) and known_models.find(name) is None:
+    elif not _is_dir(name) and known_models.find(name) is None and not _is_hub_id(name):
         fix = near_path(Path(name)) if os.sep in name else ""
         known = known_models.names()
         if nearest(name, known) is not None or not fix:
             fix = did_you_mean(name, known)
         yield Finding(at, f"{shown(name)} is neither a folder nor a known model", fix)
+
+
+def _is_hub_id(name: str) -> bool:
+    """``owner/name``, unless it is a slip in the name of a known model or of a path whose first part is there."""
+    owner, _, _ = name.partition("/")
+    return _HUB_ID.fullmatch(name) is not None and not _is_dir(owner) and nearest(name, known_models.names()) is None
 
 
 def _data_file(at: KeyPath, name: str) -> Iterator[Finding]:
@@ -82,11 +89,20 @@ def _output(name: str) -> Iterator[Finding]:
     parts = name.removeprefix("/").removesuffix("/").split("/")
     if ".." in parts:
         yield Finding(at, "must not contain ..", "write the path out")
-    elif bad := next((part for part in parts if not _is_plain(part)), None):
+    elif bad := next((part for part in _new(name, parts) if not _is_plain(part)), None):
         what = f"{shown(bad)} is not a usable folder name"
         yield Finding(at, what, f"use letters, digits, '.', '_' and '-', at most {_PART_CHARACTERS} of them")
     elif "" in parts or set(parts) == {"."}:
         yield Finding(at, f"{shown(name)} does not name a folder of its own", "write it like runs/name")
+
+
+def _new(name: str, parts: list[str]) -> list[str]:
+    """The folders that would be made: those that are there already may be called as they are."""
+    root = "/" if name.startswith("/") else ""
+    there = 0
+    while there < len(parts) - 1 and _is_dir(root + "/".join(parts[: there + 1])):
+        there += 1
+    return parts[there:]
 
 
 def _is_plain(part: str) -> bool:

@@ -11,6 +11,8 @@ _PREFIXED = r"""(?<![A-Za-z0-9])(?:
     )"""
 # A 40-digit hexadecimal word counts only when it stands alone: as part of a path it is a commit, not a key.
 _SHAPES = re.compile(rf"{_PREFIXED} | (?<![A-Za-z0-9/\\_.-])[0-9a-fA-F]{{40}}(?![A-Za-z0-9/\\_.-])", re.VERBOSE)
+# … and so it is as a `revision:`.
+_REVISION = re.compile(r"(?:^|[\s,{])revision\s*[:=]\s*[\"']?\Z")
 # Faults join words with dots and dashes, so hiding looks less closely at what stands beside it.
 _HIDDEN = re.compile(rf"{_PREFIXED} | (?<![A-Za-z0-9/\\])[0-9a-fA-F]{{40}}(?![A-Za-z0-9/\\])", re.VERBOSE)
 
@@ -18,7 +20,8 @@ _HIDDEN = re.compile(rf"{_PREFIXED} | (?<![A-Za-z0-9/\\])[0-9a-fA-F]{{40}}(?![A-
 def spots(text: str) -> Iterator[int]:
     """Offsets at which something shaped like a credential starts."""
     for found in _SHAPES.finditer(text):
-        yield found.start()
+        if not _REVISION.search(text, 0, found.start()):
+            yield found.start()
 
 
 def mask(text: str) -> str:

@@ -123,7 +123,7 @@ def _override(tree: dict[str, Any], origins: Origins, text: str) -> None:
         raise RecipeError("must look like section.key=value", f"--set {text}")
     if key.split(".")[0] == "extends":
         raise RecipeError("extends works in a file only", source)
-    if any(True for _ in secrets_shape.spots(written)):
+    if any(True for _ in secrets_shape.spots(text)):
         origins.secrets.append(Fault("holds something shaped like a secret", source, _SECRET_FIX))
     document = _parse_override(written, source)
     path: KeyPath = tuple(key.split("."))

@@ -61,9 +61,10 @@ def in_order(faults: Iterable[Fault]) -> list[Fault]:
     return sorted(clean, key=_place)
 
 
-def _place(fault: Fault) -> tuple[str, int, int, str]:
+def _place(fault: Fault) -> tuple[str, int, int, str, str]:
     found = re.match(r"(.*?):(\d+):(\d+)", fault.where)
-    return (found[1], int(found[2]), int(found[3]), fault.what) if found else (fault.where, 0, 0, fault.what)
+    file, line, column = (found[1], int(found[2]), int(found[3])) if found else (fault.where, 0, 0)
+    return file, line, column, fault.what, fault.where
 
 
 def _explained(path: KeyPath, meant: set[KeyPath]) -> bool:

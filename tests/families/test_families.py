@@ -9,6 +9,7 @@ import pytest
 
 from finetune import families
 from finetune.errors import ModelError
+from finetune.families import qwen1
 
 
 def test_every_file_is_a_family() -> None:
@@ -16,7 +17,10 @@ def test_every_file_is_a_family() -> None:
     assert set(families.names()) == here >= {"llama", "qwen2", "qwen3"}
 
 
-@pytest.mark.parametrize("name", families.names())
+TYPES = [{"qwen1": "qwen"}.get(name, name) for name in families.names()]
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "qwen"])  # whose layers are qwen2's
 def test_targets_are_the_linear_layers_of_a_block(name: str, build_tiny: Callable[..., Path], tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -27,7 +31,7 @@ def test_targets_are_the_linear_layers_of_a_block(name: str, build_tiny: Callabl
     assert model.config.model_type == name
 
 
-@pytest.mark.parametrize("name", families.names())
+@pytest.mark.parametrize("name", TYPES)
 def test_constants_have_their_promised_types(name: str) -> None:
     family = families.get(name)
     assert len(family.TARGET_MODULES) == len(set(family.TARGET_MODULES))
@@ -39,12 +43,11 @@ def test_constants_have_their_promised_types(name: str) -> None:
 
 
 def test_unknown_model_types_are_refused() -> None:
-    with pytest.raises(ModelError, match="known ones: llama, qwen2, qwen3; did you mean") as caught:
+    with pytest.raises(ModelError, match="known ones: llama, qwen1, qwen2, qwen3; did you mean") as caught:
         families.get("qwen4")
     assert caught.value.exit_code == 4
-    with pytest.raises(ModelError, match="original Qwen-1 checkpoints are not read yet"):
-        families.get("qwen")
-    for name in ("__init__", "../llama", "os", ""):
+    assert families.get("qwen") is qwen1
+    for name in ("__init__", "../llama", "os", "", "qwen1"):
         with pytest.raises(ModelError, match="unknown model_type"):
             families.get(name)
 
@@ -59,6 +62,6 @@ def test_licences_are_found_by_any_spelling_of_the_model() -> None:
 
 
 def test_looking_at_families_imports_no_torch() -> None:
-    code = "import sys; from finetune import families; [families.get(n) for n in families.names()]; "
+    code = f"import sys; from finetune import families; [families.get(n) for n in {TYPES}]; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

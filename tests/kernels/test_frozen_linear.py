@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import loop, model
+from finetune import loading, loop
 from finetune.kernels import frozen_linear
 from finetune.kernels.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dense_weight, held_dense, replay
 from finetune.model import Policy
@@ -55,7 +55,7 @@ def by_hand(layer: Any) -> torch.Tensor:
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize(("form", "double"), FORMS)
 def test_dense_weight_is_what_the_codes_say(bases: dict[str, Path], form: str, double: bool, compute: str) -> None:
-    dtype = model.DTYPES[compute]
+    dtype = loading.DTYPES[compute]
     layers = dict(packed(tiny.load(bases["qwen2"], form, compute, double=double)))
     assert len(layers) == 14
     for layer in layers.values():
@@ -78,7 +78,7 @@ def test_replay_of_the_shard_is_the_live_weight(
     bases: dict[str, Path], family: str, form: str, double: bool, compute: str
 ) -> None:
     stored = load_file(bases[family] / "model.safetensors")
-    dtype = model.DTYPES[compute]
+    dtype = loading.DTYPES[compute]
     layers = dict(packed(tiny.load(bases[family], form, compute, double=double)))
     assert len(layers) == 14
     for name, layer in layers.items():
@@ -98,7 +98,7 @@ def test_replay_of_an_unquantised_base_changes_nothing(form: str) -> None:
 def test_forward_and_backward_are_the_dense_product(
     bases: dict[str, Path], form: str, double: bool, compute: str
 ) -> None:
-    dtype = model.DTYPES[compute]
+    dtype = loading.DTYPES[compute]
     for _, layer in packed(tiny.load(bases["qwen2"], form, compute, double=double)):
         x = torch.randn(2, 3, layer.in_features, dtype=dtype, requires_grad=True)
         y = layer(x)

@@ -95,8 +95,11 @@ def test_list_of_keys_is_frozen() -> None:
     expected: dict[str, str | None] = {
         "extends": None,
         "model": None,
+        "revision": None,
+        "rope": None,
         "quantize": "weights double compute",
         "adapter": adapter,
+        "trainable_tokens": None,
         "data": "train_path eval_path eval_fraction format",
         "train": train,
         "evaluate": "metrics every rows max_new_tokens batch_rows",

@@ -1,0 +1,146 @@
+"""The small files of a model folder in one layout or the other: config, tokenizer, template, licence, and the record
+of the original layout that a native folder keeps so that the way back is exact.
+
+A native folder is what plain transformers loads. The files of the original layout lie in its sub-folder ``original/``
+as they were; its Python files among them are only ever copied, never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune import headers, tiktoken_file
+from finetune.base import HEADERS, ORIGIN, Base
+from finetune.errors import ModelError
+from finetune.families import qwen1
+from finetune.headers import INDEX
+from finetune.runfolder import json_bytes, read_json, write_synced
+from finetune.tokens import VOCABULARY
+
+NAMES = ("native", "original")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)(\.index\.json)?$")
+_NOT_COPIED = {"digests.json", "README.md", "manifest.json", "finetune.json", "config.json", "generation_config.json"}
+_ORIGINAL_ONLY = {VOCABULARY, "tokenizer_config.json"}
+
+
+def write(base: Base, out: Path, layout: str) -> None:
+    """Everything of a model folder but its weights and its card.
+
+    Raises:
+        ModelError: the folder was never in the original layout.
+    """
+    if layout == "original":
+        _write_original(base, out)
+    else:
+        _write_native(base, out)
+
+
+def refuse_impossible(base: Base, layout: str) -> None:
+    """Raise ModelError where this base cannot be written in that layout."""
+    if layout == "original" and base.origin is None:
+        what = "this model never had the original Qwen layout"
+        raise ModelError(what, str(base.folder), "write it in the native layout")
+    if layout == "native" and base.config.get("logn_from"):
+        what = "logn attention cannot be expressed in the native layout: plain transformers and GGUF would leave it out"
+        raise ModelError(what, str(base.folder), "write the original layout (--layout original)")
+
+
+def _write_native(base: Base, out: Path) -> None:
+    config = {key: value for key, value in base.config.items() if key not in ("auto_map", "logn_from")}
+    write_synced(out / "config.json", json_bytes(config))
+    write_synced(out / "generation_config.json", json_bytes(generation(base)))
+    taken = _ORIGINAL_ONLY if base.layout == "original" else set()
+    for path in _small_files(base.folder):
+        if path.name not in _NOT_COPIED | taken:
+            shutil.copyfile(path, out / path.name)
+    if base.layout == "native":
+        if (base.folder / ORIGIN).is_dir():
+            shutil.copytree(base.folder / ORIGIN, out / ORIGIN)
+        return
+    write_tokenizer(base, out)
+    (out / ORIGIN).mkdir()
+    for path in sorted(base.folder.iterdir()):
+        if path.is_file() and (path.name == INDEX or not _WEIGHTS.match(path.name)):
+            shutil.copyfile(path, out / ORIGIN / path.name)
+    headers_of = {shard: headers.text(base.folder / shard).decode() for shard in base.shards}
+    write_synced(out / ORIGIN / HEADERS, json_bytes(headers_of))
+
+
+def write_tokenizer(base: Base, out: Path) -> None:
+    """The native tokenizer files of a folder in the original layout: its own, or made from its vocabulary file."""
+    settings = read_json(base.folder / "tokenizer_config.json") or {}
+    if not (base.folder / "tokenizer.json").is_file():
+        if (base.folder / VOCABULARY).is_file():
+            tiktoken_file.write(
+                out, base.folder / VOCABULARY, vocab_rows=base.shape.vocab,
+                max_length=base.shape.max_positions, chat=is_chat(base),
+            )  # fmt: skip
+        return
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, out / name)
+    if not settings.get("chat_template") and not (out / "chat_template.jinja").is_file():
+        write_synced(out / "chat_template.jinja", tiktoken_file.CHAT_TEMPLATE.encode())
+    settings = {key: value for key, value in settings.items() if key not in ("auto_map", "tokenizer_class")}
+    write_synced(out / "tokenizer_config.json", json_bytes(settings | {"tokenizer_class": "Qwen2Tokenizer"}))
+
+
+def is_chat(base: Base) -> bool:
+    """Whether the model was published as one that chats."""
+    where = base.folder if base.layout == "original" else base.folder / ORIGIN
+    return (read_json(where / "generation_config.json") or {}).get("chat_format") == "chatml"
+
+
+def generation(base: Base) -> dict[str, Any]:
+    """How the model is asked and where it ends: the family's stop token always, then what the folder names."""
+    stored = read_json(base.folder / "generation_config.json") or {}
+    if base.layout == "original":
+        known = ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty", "eos_token_id", "pad_token_id")
+        stored = {key: value for key, value in stored.items() if key in known and value is not None}
+        for key in ("eos_token_id", "pad_token_id"):
+            if isinstance(stored.get(key), int) and stored[key] >= base.shape.vocab:
+                del stored[key]
+    ends = stored.get("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    stop = stop_id(base)
+    if stop is not None and (base.layout != "original" or is_chat(base)):
+        ends = [stop, *[end for end in ends if end != stop]]
+    return stored | ({"eos_token_id": ends} if ends else {})
+
+
+def stop_id(base: Base) -> int | None:
+    """The id of the base's stop token."""
+    path = base.folder / "tokenizer.json"
+    if path.is_file():
+        entries = json.loads(path.read_bytes()).get("added_tokens", [])
+        ids: list[int] = [int(entry["id"]) for entry in entries if entry["content"] == base.stop_token]
+        return ids[0] if ids else None
+    if base.stop_token and (base.folder / VOCABULARY).is_file():
+        first = len(tiktoken_file.read_ranks(base.folder / VOCABULARY))
+        return first + tiktoken_file.SPECIALS.index(base.stop_token)
+    return None
+
+
+def _write_original(base: Base, out: Path) -> None:
+    refuse_impossible(base, "original")
+    assert base.origin is not None
+    source = base.folder if base.layout == "original" else base.folder / ORIGIN
+    rewritten = {"config.json", "finetune.json", HEADERS}
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not _WEIGHTS.match(path.name) and path.name not in rewritten:
+            shutil.copyfile(path, out / path.name)
+    changed = qwen1.original_config(base.origin, base.config.get(qwen1.RECORD))
+    config = (source / "config.json").read_bytes() if changed == base.origin else json_bytes(changed)
+    write_synced(out / "config.json", config)
+
+
+def _small_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not _WEIGHTS.match(path.name) and path.suffix != ".py"
+    ]

@@ -70,5 +70,7 @@ def remote_shape(name: str, revision: str | None, rope: str | None) -> tuple[Dec
     try:
         config = qwen1.native_config(stored, rope, "bfloat16") if original else stored
         return DecoderShape.from_config(config), config["max_position_embeddings"] if original else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"config.json does not say what is needed: {error}", where, "name another model") from None
+    except KeyError as error:
+        raise ModelError(f"it has no {error}", where, "name another model") from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"it holds a number that cannot be: {error}", where, "name another model") from None

@@ -17,8 +17,8 @@ ENTRANCE = ["cli", "pipeline", "chat"]
 ROAD = [
     "certify", "finished", "convert", "adapter_layout", "dashboard", "train", "run", "prepare", "source", "report",
     "plan", "targets", "budget", "merge", "proof", "scores", "evaluate", "metrics", "devices", "loop", "checkpoint",
-    "model", "loading", "control_tokens", "tokenizer", "renderer", "dataset", "layouts", "pickles", "unpickle", "shards",
-    "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "model", "loading", "control_tokens", "tokenizer", "renderer", "dataset", "layouts", "pickles", "unpickle",
+    "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "objectives", "kernels", "recipe", "known_models"]
 GROUND = ["interrupts", "terminal", "schedule", "decoder", "conversation", "manifest", "runfolder", "errors"]

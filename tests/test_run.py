@@ -130,8 +130,51 @@ def test_a_folder_with_other_files_is_not_touched(work: Path) -> None:
 def test_an_output_below_a_file_is_refused(work: Path) -> None:
     Path("runs").write_text("")
     said = train()
+    assert said.code == 2
+    assert "output: runs is a file" in said.err
+
+
+def test_a_missing_tracker_and_too_many_workers_are_told_before_anything(work: Path) -> None:
+    for setting in ("tracker=mlflow", "train.workers=1000"):
+        for verb in ("plan", "train"):
+            said = runs.finetune(verb, "r.yaml", "--set", setting)
+            assert (said.code, said.err.count("\n")) == (5, 1), said.err
+            assert setting.partition("=")[0] in said.err
+    assert not OUTPUT.exists()
+
+
+def test_the_tracker_may_change_within_a_run(work: Path) -> None:
+    assert train("train.steps=2").code == 0
+    assert train("train.steps=4", "tracker=trackio", options=["--extend"]).code == 0
+
+
+def test_lost_scores_are_made_again_and_a_lost_curve_is_said(work: Path) -> None:
+    whole = train("train.steps=4", "output=runs/whole")
+    assert whole.code == 0
+    assert train("train.steps=2").code == 0
+    (OUTPUT / "scores.json").write_text("{")
+    (OUTPUT / "samples.jsonl").unlink()
+    (OUTPUT / "metrics.jsonl").unlink()
+    said = train("train.steps=4", options=["--extend"])
+    assert said.code == 0, said.err
+    assert "metrics.jsonl has lost 2 of 2 steps" in said.out
+    assert (OUTPUT / "scores.json").read_text() == Path("runs/whole/scores.json").read_text()
+    assert (OUTPUT / "samples.jsonl").read_text() == Path("runs/whole/samples.jsonl").read_text()
+
+
+def test_a_shorter_run_is_not_told_to_extend(work: Path) -> None:
+    assert train("train.steps=4").code == 0
+    said = train("train.steps=2")
+    assert said.code == 2
+    assert "--extend" not in said.err
+
+
+def test_a_run_without_its_identity_is_recognised(work: Path) -> None:
+    assert train("train.steps=2").code == 0
+    (OUTPUT / "identity.json").unlink()
+    said = train("train.steps=2")
     assert said.code == 5
-    assert "runs/one" in said.err
+    assert "a run without its identity.json" in said.err
 
 
 def test_a_held_folder_is_refused(work: Path) -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes bench clean
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -54,6 +54,10 @@ test-kill: setup
 
 test-recipes: setup
 	$(RUN)/python -m pytest -q -m long tests/recipe --timeout=1800 -s
+
+# Qwen-14B's true widths in the original format, random numbers: at its whole depth on a card, at depth 2 elsewhere.
+rehearsal-14b: setup
+	$(RUN)/python benchmarks/rehearsal_14b.py all runs/rehearsal-14b
 
 bench: base
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock

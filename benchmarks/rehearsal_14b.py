@@ -1,6 +1,6 @@
 """The whole road at Qwen-14B's true widths, without its weights: random numbers in the original format.
 
-    python benchmarks/rehearsal_14b.py all runs/rehearsal --layers 2     # what make rehearsal-14b runs on a CPU
+    python benchmarks/rehearsal_14b.py all runs/rehearsal                # what make rehearsal-14b runs
     python benchmarks/rehearsal_14b.py build runs/rehearsal --layers 40  # or phase by phase, each in ten minutes
     python benchmarks/rehearsal_14b.py train runs/rehearsal
 
@@ -197,8 +197,8 @@ def plan(work: Path) -> dict[str, Any]:
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout)
-    keys = ("device_name", "parameters", "memory", "micro_batch_tokens", "recompute", "steps", "tokens", "seconds")
-    return {key: found[key] for key in keys} | {"budget": found["budget"]}
+    keys = ("device_name", "parameters", "memory", "micro_batch_tokens", "recompute", "steps", "tokens")
+    return {key: found[key] for key in keys} | {"budget": found["budget"], "training_seconds": found["seconds"]}
 
 
 def train(work: Path) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def run(work: Path, phases: list[str], layers: int, length: int) -> None:
             continue
         began = time.time()
         result = build(work, layers, length) if phase == "build" else PHASES[phase](work)
-        found[phase] = {"seconds": round(time.time() - began, 1), **(result or {})}
+        found[phase] = {**(result or {}), "seconds": round(time.time() - began, 1)}
         record.write_text(json.dumps(found, indent=2))
     save(found, layers, length)
 
@@ -274,13 +274,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The whole road at Qwen-14B's true widths, without its weights.")
     parser.add_argument("phase", choices=["all", "sparse", "build", *PHASES])
     parser.add_argument("work", type=Path, help="the folder for everything that is made")
-    parser.add_argument("--layers", type=int, default=2, help="depth; the real one is 40")
+    parser.add_argument(
+        "--layers", type=int, default=None, help="depth; 40, the real one, where there is a card, else 2"
+    )
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if options.phase == "sparse":
-        checkpoint(options.work, options.layers, sparse=True)
+        checkpoint(options.work, options.layers or 40, sparse=True)
         return 0
+    import torch
+
+    options.layers = options.layers or (40 if torch.cuda.is_available() else 2)
     phases = ["build", *PHASES] if options.phase == "all" else [options.phase]
     run(options.work, phases, options.layers, options.length)
     return 0

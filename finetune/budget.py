@@ -88,8 +88,7 @@ def fit(
     fixed = weights + 16 * trained + int(_OVERHEAD[hardware.device])
     head = _CHUNK * shape.vocab * (4 + 4 + BYTES[compute])
     room = hardware.free_memory * USABLE - fixed - head
-    dense = 2 * shape.linear_parameters() if hardware.device == "cpu" and quantize.weights in ("nf4", "fp4") else 0
-    generation = dense + _cache_bytes(recipe, shape, compute, load)
+    generation = _generation_bytes(recipe, shape, hardware, compute, load)
     most = max(train.max_length, _MOST_TOKENS[hardware.device])
     options = ["none", "layers"] if train.recompute == "auto" else [train.recompute]
     for option in options:
@@ -122,13 +121,16 @@ def _step_tokens(recipe: Recipe, load: Load | None) -> int | None:
     return None
 
 
-def _cache_bytes(recipe: Recipe, shape: DecoderShape, compute: str, load: Load | None) -> int:
+def _generation_bytes(recipe: Recipe, shape: DecoderShape, hardware: Hardware, compute: str, load: Load | None) -> int:
+    """Bytes while answers are generated: the cache, and on a CPU the 4-bit linears, dequantised once and kept."""
     if "exact_match" not in recipe.evaluate.metrics:
         return 0
+    packed = recipe.quantize.weights in ("nf4", "fp4")
+    dense = BYTES[compute] * shape.linear_parameters() if hardware.device == "cpu" and packed else 0
     length = (max(load.lengths) if load else recipe.train.max_length) + recipe.evaluate.max_new_tokens
     rows = min(recipe.evaluate.batch_rows, load.generated_rows) if load else recipe.evaluate.batch_rows
     per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[compute]
-    return rows * length * (per_token + 6 * shape.intermediate * BYTES[compute]) + rows * shape.vocab * 8
+    return dense + rows * length * (per_token + 6 * shape.intermediate * BYTES[compute]) + rows * shape.vocab * 8
 
 
 def seconds(shape: DecoderShape, hardware: Hardware, recompute: str, load: Load, tokens: int) -> float | None:

@@ -123,6 +123,8 @@ def _already(out: Path, wanted: dict[str, str], terminal: Terminal) -> dict[str,
         raise EnvironmentFault(
             "a merge that did not pass its proof is there", str(out), "remove it, or give another --out"
         )
+    if same and (faults := manifest.faults(out)):
+        raise EnvironmentFault(f"this adapter's merge is there, but {faults[0]}", str(out), "remove it and merge again")
     raise EnvironmentFault("something is there already", str(out), "give another --out, or remove it")
 
 

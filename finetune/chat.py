@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetune import manifest
 from finetune.conversation import Turn
+from finetune.errors import ModelError
 from finetune.model import Policy
 from finetune.terminal import Terminal, clean
 
@@ -16,12 +18,20 @@ def load(folder: Path, terminal: Terminal) -> Policy:
     from finetune import base, finished, hardware, loading, model
 
     if (folder / "config.json").is_file():
+        _refuse_damaged(folder)
         found, machine = base.inspect(folder), hardware.detect()
         compute = "bf16" if machine.bf16 else "fp32"
         form = loading.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
         return model.load_base(found, form)
     prepared, files = finished.open_run(folder)
     return finished.live(prepared, files, terminal)[1]
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """A merged folder that says what belongs in it must hold just that."""
+    faults = manifest.faults(folder) if (folder / manifest.NAME).is_file() else []
+    if faults:
+        raise ModelError(faults[0], str(folder), "merge again")
 
 
 def talk(folder: Path, terminal: Terminal, max_new_tokens: int = 256) -> None:

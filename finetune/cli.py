@@ -57,7 +57,7 @@ def _options(
 
 _debug = False
 _CTRL_C = 130
-_STOPPED, _GO_ON = "stopped on request", "the same command goes on from here"
+_STOPPED, _GO_ON = "stopped on request", "give the same command again"
 
 
 @app.command()
@@ -65,12 +65,15 @@ def plan(
     recipe: RecipePath,
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+    card: Annotated[
+        float | None, typer.Option("--card", help="plan for a CUDA card with so many GB, not for this machine", min=1)
+    ] = None,
 ) -> None:
     """Check a recipe, its data and its model, and say what a run would do and cost."""
     _check_recipe(recipe, set_)
     from finetune import pipeline
 
-    made = pipeline.plan(recipe, set_ or (), Terminal(quiet=as_json) if not as_json else _silent())
+    made = pipeline.plan(recipe, set_ or (), _silent() if as_json else Terminal(), card)
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=2))
 
@@ -145,7 +148,7 @@ def chat(run: RunPath) -> None:
 @app.command()
 def dashboard(
     runs: Annotated[Path, typer.Argument(help="the folder that holds the runs")] = Path("runs"),
-    port: Annotated[int, typer.Option("--port", help="0 takes the first free one")] = 0,
+    port: Annotated[int, typer.Option("--port", help="0 takes the first free one", min=0, max=65535)] = 0,
 ) -> None:
     """Open the local dashboard of all runs, on this machine only."""
     from finetune import pipeline
@@ -224,6 +227,7 @@ def _report(error: FinetuneError) -> int:
 def _quiet_libraries() -> None:
     """Chatter of the libraries below that a user can do nothing about. Errors stay errors: they are raised."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # lengths are judged here
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs what it raises
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

@@ -145,8 +145,12 @@ def _refuse_constant(name: str) -> Any:
 
 def _csv(text: str, path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Cells as the texts they are: a reader that guesses types would make 7 of "007" and nothing of "null"."""
+    csv.field_size_limit(len(text) + 1)  # the library's own limit would refuse a cell of 128 KiB
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"column {twice[0]!r} occurs twice", f"{path}:1", "keep one")
         for number, record in enumerate(reader, 1):
             if None in record or None in record.values():
                 what = (

@@ -24,7 +24,11 @@ class Session:
     """An accelerator and whether it logs anywhere besides the run folder's own metrics file."""
 
     accelerator: Any
-    tracking: bool
+    tracker: str
+
+    @property
+    def tracking(self) -> bool:
+        return self.tracker != "none"
 
     def log(self, values: dict[str, float], step: int) -> None:
         if self.tracking:
@@ -34,6 +38,11 @@ class Session:
         if self.tracking:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.accelerator.end_training()
+                if self.tracker == "trackio":
+                    # accelerate ends the run but leaves it current: trackio would end it again at exit, and say so.
+                    import trackio
+
+                    trackio.finish()
 
 
 def start(tracker: str, folder: Path, run_name: str, config: dict[str, Any], device: str) -> Session:
@@ -57,7 +66,7 @@ def start(tracker: str, folder: Path, run_name: str, config: dict[str, Any], dev
         with contextlib.redirect_stdout(io.StringIO()) if tracker == "trackio" else contextlib.nullcontext():
             settings = {tracker: _settings(tracker, folder, run_name)}
             accelerator.init_trackers(PROJECT, config=config, init_kwargs=settings)
-    return Session(accelerator, bool(names))
+    return Session(accelerator, tracker)
 
 
 def refuse_missing(tracker: str, where: str) -> None:

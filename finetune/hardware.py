@@ -79,6 +79,21 @@ def detect() -> Hardware:
     )
 
 
+def imagined(gigabytes: float) -> Hardware:
+    """A recent CUDA card with that much memory, for plans made on another machine. Its speed is not known."""
+    size = int(gigabytes * 1e9)
+    return Hardware(
+        device="cuda",
+        name=f"a card with {gigabytes:g} GB",
+        memory=size,
+        free_memory=size,
+        bf16=True,
+        threads=1,
+        instruction_set="",
+        flops=None,
+    )
+
+
 def cpu_flags() -> frozenset[str]:
     return frozenset(_cpuinfo("flags").split())
 

@@ -14,8 +14,8 @@ from finetune.errors import DataError, EnvironmentFault, Fault, FinetuneError, M
 from finetune.runfolder import read_json, write_json
 
 LENGTHS = ("train.steps", "train.epochs")
-_FREE = ("tracker",)
-"""What may change between two parts of a run: no number of the result hangs on it."""
+_FREE = ("tracker", "output")
+"""What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """Fold an adapter into its base, shard by shard, into a folder that plain transformers loads.
 
 Into the base *as it was trained against*: a 4-bit run never saw the full-precision weights, and folding into those
-moves the model (measured: six points of accuracy on a 135M model). Accumulated in fp32, rounded once. What will be
-done to each tensor is listed first (``FoldPlan``) and every adapter key must find its place before a byte is written.
+moves the model (measured: six points of accuracy on a 135M model). Accumulated in fp32, rounded once and without bias.
+What will be done to each tensor is listed first (``FoldPlan``) and every adapter key must find its place before a byte
+is written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,6 +138,20 @@ def fold_tensor(value: torch.Tensor, fold: Fold, form: BaseForm, weights: dict[s
     return folded
 
 
+def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
+    """fp32 → bf16, up or down at random with the odds of where it lies between: right on average.
+
+    A replayed weight lies on bf16's grid. Rounded to the nearest, every update below half a step is swallowed: 8 % of
+    a QLoRA update at Qwen-14B's width (KL 1.5e-2 to the live model; 1.3e-4 this way, 1.0e-4 in fp32; decision 0006).
+    The draw hangs on the tensor's ``name`` alone, so that the same merge gives the same bytes.
+    """
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(seed)
+    bits = value.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
 def apply(
     plan: FoldPlan, base: Base, weights: dict[str, torch.Tensor], out: Path, layout: str,
     progress: Callable[[int, int], None],
@@ -143,6 +159,10 @@ def apply(
     """Write the merged shards, with the base's own split and dtypes, into the folder ``out``."""
 
     def folded(name: str, value: torch.Tensor) -> torch.Tensor:
-        return fold_tensor(value, plan.folds[name], plan.form, weights) if name in plan.folds else value
+        if name not in plan.folds:
+            return value
+        fold = plan.folds[name]
+        found = fold_tensor(value, fold, plan.form, weights)
+        return dithered(found, name) if fold.lora_a and value.dtype == torch.bfloat16 else found
 
     shards.rewrite(base, out, layout, folded, progress)

@@ -18,9 +18,9 @@ from finetune.runfolder import RunFolder, read_json, write_json
 from finetune.terminal import Progress, Terminal, duration
 
 
-def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> Plan:
-    """Check everything and say what a run would do."""
-    prepared = prepare.prepare(recipe, overrides)
+def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan:
+    """Check everything and say what a run would do, here or on a card with ``card`` GB."""
+    prepared = prepare.prepare(recipe, overrides, card=card)
     for line in plan_lines(prepared.plan):
         terminal.say(line)
     return prepared.plan
@@ -37,7 +37,7 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
     from finetune import train as training
 
     folder = training.train(prepared, terminal, extend=extend)
-    for line in scores.table(read_json(folder.scores) or {}):
+    for line in scores.table(scores.read(folder)):
         terminal.say(line)
     terminal.say(f"adapter: {folder.adapter}   curves: {folder.metrics}   answers: {folder.samples}")
     return folder
@@ -96,7 +96,7 @@ def dashboard(runs: Path, port: int, terminal: Terminal) -> None:
 def summary(folder: Path, seconds: float, terminal: Terminal) -> None:
     """What happened, where things lie, and what to type next."""
     files = RunFolder(folder)
-    stored = read_json(files.scores) or {}
+    stored = scores.read(files)
     note = read_json(folder / "merged" / "finetune.json") or {}
     terminal.say()
     terminal.say(f"done in {duration(seconds)}: trained, judged, merged and proven")

@@ -21,6 +21,7 @@ from finetune.hardware import Hardware
 from finetune.plan import Plan
 from finetune.recipe import Located, Recipe
 from finetune.renderer import Renderer
+from finetune.runfolder import RunFolder
 
 _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json says how far it reaches"
 
@@ -42,19 +43,21 @@ class Prepared:
         return self.located.recipe
 
 
-def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True) -> Prepared:
+def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True, card: float | None = None) -> Prepared:
     """Check a recipe with everything it names; and, where it is to be trained, that memory and disk are large enough.
+
+    ``card``: GB of a CUDA card to plan for, instead of this machine.
 
     Raises:
         RecipeError, DataError, ModelError, EnvironmentFault: what is wrong; nothing has been written.
     """
     located = recipe.locate(path, overrides)
-    machine = hardware.detect()
+    machine = hardware.imagined(card) if card else hardware.detect()
     if training:
         _refuse_place(located)
     found = source.find(located.recipe.model, located.recipe.revision)
     if found is None:
-        return _by_numbers(located, machine)
+        return _by_numbers(located, machine, must_fit=card is not None)
     base = _inspect(located, found.folder)
     renderer = Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
     rows, held = read(located.recipe, special_tokens(renderer))
@@ -85,6 +88,7 @@ def _refuse_place(located: Located) -> None:
     blocked = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
     if blocked is not None:
         raise RecipeError(f"{blocked} is a file", located.where("output"), "name a folder")
+    RunFolder(output).refuse_foreign()
     devices.refuse_missing(chosen.tracker, located.where("tracker"))
     processors = os.cpu_count() or 1
     if chosen.train.workers > processors:
@@ -111,7 +115,7 @@ def _refuse_long_answers(located: Located, base: Base, held_out: HeldOut | None)
         raise RecipeError(what, located.where("evaluate.max_new_tokens"), "lower it")
 
 
-def _by_numbers(located: Located, machine: Hardware) -> Prepared:
+def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepared:
     """A model that is not on the disk: the plan comes from committed config numbers, or from its config on the hub."""
     name, rope = located.recipe.model, located.recipe.rope
     known = known_models.find(name)
@@ -130,7 +134,7 @@ def _by_numbers(located: Located, machine: Hardware) -> Prepared:
         "token counts, and so steps per epoch and time: they need the tokenizer",
         "whether the base has learned its template's control tokens: that is seen in the weights",
     )
-    made = plan.make(located, shape, machine, None, must_fit=False, unchecked=unchecked)
+    made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked)
     return Prepared(located=located, hardware=machine, base=None, plan=made, commit=None, examples=(), held_out=None)
 
 

@@ -7,18 +7,15 @@ from typing import Any
 
 import torch
 
-from finetune import evaluate, hardware, identity, manifest, plan, recipe
-from finetune.errors import EnvironmentFault, RecipeError
+from finetune import evaluate, hardware, identity, manifest, plan, recipe, scores
+from finetune.errors import RecipeError
 from finetune.identity import Identity
 from finetune.loading import BaseForm
 from finetune.loop import Course
 from finetune.model import Policy
 from finetune.prepare import Prepared
-from finetune.runfolder import RunFolder, read_json
-from finetune.scores import record
+from finetune.runfolder import RunFolder
 from finetune.terminal import Progress, Terminal
-
-_OURS = {".lock", "identity.json"}
 
 
 class Run:
@@ -53,25 +50,12 @@ class Run:
             environment=dict(hardware.environment(self.prepared.hardware)),
         )
 
-    def refuse_foreign(self) -> None:
-        """A folder with somebody's files and no run in it is not ours to write into, not even a lock."""
-        root = self.folder.root
-        if self.folder.identity.exists() or not root.is_dir():
-            return
-        if self.folder.checkpoints.is_dir():
-            what = "this folder holds a run without its identity.json: what it belongs to cannot be told"
-            raise EnvironmentFault(what, str(root), "put the file back, or give the recipe another `output:`")
-        foreign = [entry.name for entry in root.iterdir() if entry.name not in _OURS and ".tmp-" not in entry.name]
-        if foreign and not self.folder.identity.exists():  # another process may have begun the run just now
-            what = f"the output folder holds other files ({foreign[0]})"
-            raise EnvironmentFault(what, str(root), "give the recipe an empty or new `output:`")
-
     def settle(self, extend: bool) -> None:
         """Begin in an empty folder, or take up the run that is there. Call with the folder locked."""
         self.folder.clear_leftovers()
         stored = identity.read(self.folder.identity)
         if stored is None:
-            self.refuse_foreign()
+            self.folder.refuse_foreign()
             self.identity.write(self.folder.identity)
             return
         for remark in identity.compare(stored, self.identity, self.folder.root, extend=extend):
@@ -135,8 +119,7 @@ class Run:
     def judge(self, policy: Policy, name: str, *, adapter: bool = True) -> None:
         """Evaluate and store the scores under ``name``, unless they are there already."""
         held_out = self.prepared.held_out
-        scores = read_json(self.folder.scores) or {}
-        if held_out is None or name in scores:
+        if held_out is None or name in scores.read(self.folder):
             return
         bars: dict[str, Progress] = {}
 
@@ -144,7 +127,7 @@ class Run:
             bars.setdefault(what, Progress(self.terminal, f"judging {name}: {what}"))(done, of)
 
         judged = evaluate.judge(policy, held_out, self.how(), adapter=adapter, progress=show)
-        record(self.folder, name, judged, held_out)
+        scores.record(self.folder, name, judged, held_out)
 
 
 def _number(value: Any) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 
 from finetune.errors import EnvironmentFault
 
+_OURS = {".lock", "identity.json"}
+_LEFTOVER = re.compile(r"\.tmp-\d+(-old)?$")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -93,12 +96,25 @@ class RunFolder:
         finally:
             lock.release()
 
+    def refuse_foreign(self) -> None:
+        """A folder with somebody's files and no run in it is not ours to write into, not even a lock."""
+        if self.identity.exists() or not self.root.is_dir():
+            return
+        if self.checkpoints.is_dir():
+            what = "this folder holds a run without its identity.json: what it belongs to cannot be told"
+            raise EnvironmentFault(what, str(self.root), "put the file back, or give the recipe another `output:`")
+        foreign = [entry.name for entry in self.root.iterdir() if entry.name not in _OURS and ".tmp-" not in entry.name]
+        if foreign and not self.identity.exists():  # another process may have begun the run just now
+            what = f"the output folder holds other files ({foreign[0]})"
+            raise EnvironmentFault(what, str(self.root), "give the recipe an empty or new `output:`")
+
     def clear_leftovers(self) -> None:
         """Remove what a killed process left half-written. Only call while holding the lock."""
         for folder in (self.root, self.checkpoints):
             if folder.is_dir():
                 for entry in folder.glob("*.tmp-*"):
-                    remove(entry)
+                    if _LEFTOVER.search(entry.name):
+                        remove(entry)
 
 
 def disk_fault(error: OSError, path: Path) -> EnvironmentFault:
@@ -217,7 +233,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         sync_folder(temporary)
-        if path.exists():
+        if path.exists() or path.is_symlink():
             path.rename(aside)
         temporary.rename(path)
         sync_folder(path.parent)

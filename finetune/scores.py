@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     from finetune.evaluate import HeldOut, Judged
 
 
+def read(folder: RunFolder) -> dict[str, Any]:
+    """The stored scores by name; empty where the file is absent or damaged."""
+    stored = read_json(folder.scores)
+    return stored if isinstance(stored, dict) else {}
+
+
 def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> dict[str, Any]:
     """Store one judgement; answers first, so that scores never stand without them. Returns all scores."""
     if judged.answers:
         _answers(folder, name, judged.answers, held_out)
-    scores: dict[str, Any] = read_json(folder.scores) or {}
+    scores = read(folder)
     scores[name] = judged.scores
     write_json(folder.scores, scores)
     return scores

@@ -6,6 +6,7 @@ anything is printed.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -57,8 +58,15 @@ class Terminal:
 
     def say(self, text: str = "") -> None:
         self._erase()
-        self.out.write(text + "\n")
-        self.out.flush()
+        self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        """Print; a reader that has gone away (``| head``) is no reason to stop the work."""
+        try:
+            self.out.write(text)
+            self.out.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
 
     def status(self, text: str, *, last: bool = False) -> None:
         """Redraw the status line; on something that is not a terminal, print it every few seconds and at the end."""
@@ -67,20 +75,15 @@ class Terminal:
         now = time.monotonic()
         if self.out.isatty():
             text = text[: max(1, shutil.get_terminal_size().columns - 1)]  # a line that wraps cannot be redrawn
-            self.out.write("\r" + text.ljust(self._width))
-            self._width = len(text)
-            if last:
-                self.out.write("\n")
-                self._width = 0
-            self.out.flush()
+            self._write("\r" + text.ljust(self._width) + ("\n" if last else ""))
+            self._width = 0 if last else len(text)
         elif last or now - self._last >= _EVERY:
             self._last = now
-            self.out.write(text + "\n")
-            self.out.flush()
+            self._write(text + "\n")
 
     def _erase(self) -> None:
         if self._width:
-            self.out.write("\r" + " " * self._width + "\r")
+            self._write("\r" + " " * self._width + "\r")
             self._width = 0
 
 

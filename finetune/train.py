@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from finetune import checkpoint, devices, loop, manifest, metrics, model
+from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
 from finetune.errors import EnvironmentFault, ModelError
@@ -45,7 +46,7 @@ def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> Ru
         FinetuneError: as each step says.
     """
     run = Run(prepared, terminal)
-    run.refuse_foreign()
+    run.folder.refuse_foreign()
     fresh = not run.folder.root.exists()
     try:
         return _train(run, terminal, extend)
@@ -162,6 +163,8 @@ def _resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: 
         step = saved.step
         run.terminal.say(f"going on after step {step}")
         checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
+    if saved is None and run.folder.metrics.exists() and run.folder.metrics.stat().st_size:
+        run.terminal.say("there is no checkpoint to go on from: this run begins again at its first step")
     kept = metrics.cut(run.folder.metrics, step)
     if kept < step:
         run.terminal.say(f"{run.folder.metrics} has lost {step - kept} of {step} steps: the curve goes on without them")
@@ -202,6 +205,6 @@ def _finish(run: Run, policy: Policy, steps: int) -> None:
     digest = manifest.digest_bytes(files[checkpoint.ADAPTER])
     former = read_json(run.folder.adapter / manifest.NAME) or {"sha256": {}}
     if former["sha256"].get(checkpoint.ADAPTER) not in (None, digest):
-        scores = read_json(run.folder.scores) or {}
+        scores = score_file.read(run.folder)
         write_json(run.folder.scores, {key: value for key, value in scores.items() if key not in ("after", "merged")})
     checkpoint.write_folder(run.folder.adapter, files)

@@ -21,7 +21,7 @@ RAISED: list[tuple[BaseException, int, str]] = [
     (errors.ModelError("no template", "base"), 4, "model: base: no template\n"),
     (errors.EnvironmentFault("disk full", "/x", "free some"), 5, "environment: /x: disk full; free some\n"),
     (errors.Interrupted("stopped"), 6, "interrupted: stopped\n"),
-    (KeyboardInterrupt(), 6, "interrupted: stopped on request; the same command goes on from here\n"),
+    (KeyboardInterrupt(), 6, "interrupted: stopped on request; give the same command again\n"),
     (PermissionError(13, "Not allowed", "/x/y"), 5, "environment: /x/y: Not allowed; mend that and run again\n"),
     (RuntimeError("a defect"), 70, "unexpected failure: RuntimeError: a defect\n"),
 ]  # fmt: skip

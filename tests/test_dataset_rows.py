@@ -91,6 +91,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "39 blank lines only": ("x.jsonl", b"\n \n", "there are no rows"),
     "39 empty CSV": ("x.csv", b"", "there are no rows"),
     "58 mixed line endings": ("x.jsonl", UTF8 + b"\r\n" + UTF8 + b"\n\n" + UTF8, ""),
+    "twice a column": ("x.csv", b"prompt,completion,completion\nq,one,two\n", "occurs twice"),
     "58 gzip called jsonl": ("x.jsonl", b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "x.jsonl: this is a gzip file"),
     "58 parquet called jsonl": ("x.jsonl", b"PAR1\x15\x04\x15\x80", "x.jsonl:1: not"),
     "JSON array": ("x.json", b"[" + UTF8 + b",\n" + UTF8 + b"]", ""),

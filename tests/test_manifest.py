@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 
@@ -63,3 +64,18 @@ def test_a_damaged_manifest_is_a_fault(folder: Path, text: str) -> None:
 
 def test_an_absent_folder_is_a_fault(tmp_path: Path) -> None:
     assert manifest.faults(tmp_path / "nothing") == ["nothing/manifest.json is missing or damaged"]
+
+
+def test_files_below_are_named_by_their_path_and_a_pipe_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_text("x")
+    (tmp_path / "d").write_text("y")
+    manifest.write(tmp_path, manifest.digests(tmp_path))
+    assert manifest.faults(tmp_path) == []
+    (tmp_path / "a" / "b" / "c").write_text("z")
+    (tmp_path / "d").unlink()
+    os.mkfifo(tmp_path / "d")  # reading it would wait for ever
+    found = manifest.faults(tmp_path)
+    assert [fault.partition("/")[2] for fault in found] == [
+        "a/b/c is damaged (its digest differs)", "d is damaged (its digest differs)",
+    ]  # fmt: skip

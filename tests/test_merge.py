@@ -227,3 +227,25 @@ def test_the_replayed_weight_is_the_loaded_one(
         if name.endswith("_proj"):
             folded = merge.fold_tensor(shard[f"{name}.weight"], merge.Fold(replay=True), form, {})
             assert torch.equal(folded, frozen_linear.dense_weight(module, loading.DTYPES[compute]).float()), name
+
+
+def test_an_update_below_a_step_of_bf16_is_not_swallowed() -> None:
+    """At the width of 14B: weights on bf16's grid, an update of less than half a step each."""
+    generator = torch.Generator().manual_seed(0)
+    base = (torch.randn(64, 5120, generator=generator) * 0.02).bfloat16()
+    update = (torch.randn(64, 4, generator=generator) @ torch.randn(4, 5120, generator=generator)) * 1e-5
+    wanted = base.float() + update
+
+    def kept(rounded: torch.Tensor) -> float:
+        """The share of the update that the rounded sum still holds, along the update."""
+        return float(((rounded.float() - base.float()) * update).sum() / update.square().sum())
+
+    assert kept(wanted.bfloat16()) < 0.8
+    found = merge.dithered(wanted, "model.layers.0.mlp.up_proj.weight")
+    assert abs(kept(found) - 1) < 0.02
+    # Neighbours only, the same bytes each time, and what is on the grid stays.
+    step = (wanted.bfloat16().float().abs() * 2**-7).clamp(min=1e-30)
+    assert bool(((found.float() - wanted).abs() <= step).all())
+    assert torch.equal(found, merge.dithered(wanted, "model.layers.0.mlp.up_proj.weight"))
+    assert not torch.equal(found, merge.dithered(wanted, "model.layers.1.mlp.up_proj.weight"))
+    assert torch.equal(merge.dithered(base.float(), "x"), base)

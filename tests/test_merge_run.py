@@ -214,3 +214,20 @@ def test_a_merged_model_that_does_not_fit_is_compared_layer_by_layer(
     assert "compared layer by layer, its rows are not scored" in said.out
     notes = [json.loads((folder / "finetune.json").read_text()) for folder in (MERGED, Path("streamed"))]
     assert notes[0]["proof"] == notes[1]["proof"]
+
+
+def test_a_damaged_or_unusable_merge_is_told(finished: Path) -> None:
+    assert merge_run().code == 0
+    weights = MERGED / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 1
+    weights.write_bytes(data)
+    said = finetune("chat", str(MERGED))
+    assert said.code == 4
+    assert "model.safetensors is damaged" in said.err
+    said = merge_run()
+    assert said.code == 5
+    assert "model.safetensors is damaged" in said.err
+    (MERGED / "config.json").rename(MERGED / "config.json.unusable")
+    assert "did not pass its proof" in finetune("chat", str(MERGED)).err
+    assert "did not pass its proof" in merge_run().err

@@ -329,3 +329,44 @@ def test_a_loss_that_is_not_finite_names_rows_and_the_last_good_checkpoint(
     assert "step 4 is not finite" in said.err
     assert "train.jsonl:" in said.err
     assert f"last good checkpoint: {folder_name(2)}" in said.err
+
+
+def test_a_moved_run_goes_on_where_it_lies(work: Path) -> None:
+    assert train("train.steps=2").code == 0
+    shutil.move("runs/one", "runs/moved")
+    said = train("train.steps=4", "output=runs/moved", options=["--extend"])
+    assert said.code == 0, said.err
+    assert train("train.steps=4", f"output={Path('runs/moved').absolute()}").out.count("nothing to do") == 1
+
+
+def test_beginning_again_is_said(work: Path) -> None:
+    assert train("train.steps=4", "train.save_every=2").code == 0
+    shutil.rmtree(OUTPUT / "checkpoints")
+    shutil.rmtree(OUTPUT / "adapter")
+    (OUTPUT / "finished.json").unlink()
+    said = train("train.steps=4", "train.save_every=2")
+    assert said.code == 0, said.err
+    assert "begins again at its first step" in said.out
+
+
+def test_only_what_a_run_leaves_behind_is_cleared(work: Path) -> None:
+    assert train("train.steps=2").code == 0
+    for name in ("mine.tmp-old", "step.tmp-77", "x.tmp-8-old"):
+        (OUTPUT / name).mkdir()
+    assert train("train.steps=4", options=["--extend"]).code == 0
+    assert (OUTPUT / "mine.tmp-old").is_dir()
+    assert not list(OUTPUT.glob("*.tmp-[0-9]*"))
+
+
+def test_a_link_in_a_checkpoints_place_does_not_block(work: Path) -> None:
+    assert train("train.steps=2").code == 0
+    (OUTPUT / "checkpoints" / folder_name(4)).symlink_to("nowhere")
+    assert train("train.steps=4", options=["--extend"]).code == 0
+    assert (OUTPUT / "checkpoints" / folder_name(4) / "state.json").is_file()
+
+
+def test_scores_that_are_no_scores_are_made_again(work: Path) -> None:
+    assert train("train.steps=2").code == 0
+    (OUTPUT / "scores.json").write_text("[1]")
+    assert train("train.steps=4", options=["--extend"]).code == 0
+    assert set(json.loads((OUTPUT / "scores.json").read_text())) == {"before", "after"}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 
 from finetune import terminal
-from finetune.terminal import Progress, Terminal, clean, duration, size
+from finetune.terminal import Progress, Terminal, amount, clean, duration, size
 
 
 def test_every_character_that_steers_a_terminal_is_taken_out() -> None:
@@ -111,3 +114,28 @@ def test_quiet_keeps_the_lines_only() -> None:
     shown.status("x", last=True)
     shown.say("y")
     assert out.getvalue() == "y\n"
+
+
+def test_a_reader_that_has_gone_away_does_not_stop_the_work(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from finetune.terminal import Terminal; terminal = Terminal()\n"
+        "for number in range(2000): terminal.say('x' * 100); terminal.status('y')\n"
+        "pathlib.Path(sys.argv[1]).write_text('done')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "end")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr is not None
+    error = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), error) == (0, b"")
+    assert (tmp_path / "end").read_text() == "done"
+
+
+def test_amounts_are_shown_in_the_unit_that_shows_them() -> None:
+    assert [amount(count) for count in (0, 999, 1000, 65_432, 14_167_290_880)] == [
+        "0", "999", "1.0 k", "65.4 k", "14,167.3 M",
+    ]  # fmt: skip

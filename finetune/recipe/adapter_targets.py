@@ -29,6 +29,8 @@ LINEARS = {
 }
 # Other modules that can be trained whole beside the adapter.
 WHOLE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+_MOST_REPEATS = 4
+_PLAIN = r"write it plainly, as '.*self_attn\.(q|v)_proj'"
 
 
 def check(key: str, value: Any) -> Iterator[Finding]:
@@ -78,6 +80,8 @@ def _pattern(key: str, text: str) -> Iterator[Finding]:
     pattern = _compiled(text)
     if pattern is None:
         yield Finding((key,), f"not a valid regular expression: {shown(text)}", "")
+    elif _endless(text):
+        yield Finding((key,), f"repeats within repeats: {shown(text)} could match for hours", _PLAIN)
     elif not any(pattern.fullmatch(name) for name in _modules(list(LINEARS))):
         hint = f"write it as a list: [{text}]" if text in LINEARS else did_you_mean(text, [*LINEARS, "all-linear"])
         yield Finding((key,), f"matches no linear: {shown(text)}", hint)
@@ -88,8 +92,23 @@ def _layer_pattern(path: KeyPath, text: str) -> Iterator[Finding]:
     pattern = _compiled(rf"(.*\.)?({text})$")
     if pattern is None or _compiled(text) is None:
         yield Finding(path, f"not a valid regular expression: {shown(text)}", "")
+    elif _endless(text):
+        yield Finding(path, f"repeats within repeats: {shown(text)} could match for hours", _PLAIN)
     elif not any(pattern.match(name) for name in _modules(list(LINEARS))):
         yield Finding(path, f"matches no linear: {shown(text)}", did_you_mean(text, LINEARS))
+
+
+def _endless(text: str) -> bool:
+    """Whether a pattern may need time that grows without bound: a repeat within a repeat, or a row of many."""
+    rest = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", text)
+    if len(re.findall(r"[*+{]", rest)) > _MOST_REPEATS:
+        return True
+    while group := re.search(r"\(([^()]*)\)([*+{]?)", rest):
+        repeated = re.search(r"[*+{]", group[1]) is not None
+        if repeated and group[2]:
+            return True
+        rest = rest[: group.start()] + ("*" if repeated else "x") + rest[group.start(2) :]
+    return False
 
 
 def _compiled(text: str) -> re.Pattern[str] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune.recipe import adapter_fields, adapter_source
+from finetune.recipe import adapter_fields, adapter_source, adapter_targets
 from finetune.recipe.adapter_source import FieldSource
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -223,3 +223,24 @@ def test_reading_fields_imports_neither_peft_nor_torch(cache_home: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "endless"),
+    [
+        (r"(.*)*(.*)*x$", True),
+        (r"((a+)b)+", True),
+        (r"(.*\.)*(.*\.)*q_proj", True),
+        (r"(x{1,9}){1,9}", True),
+        (r".*.*.*.*.*q", True),
+        (r".*self_attn\.(q|v)_proj", False),
+        (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj", False),
+        (r".*\.([qkvo]_proj|gate_proj)", False),
+        (r".*[*+]q\*", False),
+    ],
+)
+def test_patterns_that_could_match_for_hours_are_refused(pattern: str, endless: bool) -> None:
+    assert adapter_targets._endless(pattern) is endless
+    if endless:
+        _, findings = adapter_fields.check({"method": "lora", "r": 2, "lora_alpha": 2, "target_modules": pattern})
+        assert [finding.what.startswith("repeats within repeats") for finding in findings] == [True]

@@ -136,7 +136,8 @@ def _numbers(
             config = qwen1.native_config(stored, rope, dtype)
         elif origin and rope:
             config = stored | qwen1.native_config(origin, rope, dtype)
-        return config, DecoderShape.from_config(config), origin
+        shape = DecoderShape.from_config(config)
+        return config, replace(shape, family="qwen1") if origin else shape, origin
     except KeyError as error:
         raise ModelError(f"config.json has no {error}", str(path), fix) from None
     except (TypeError, ValueError) as error:

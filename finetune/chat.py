@@ -50,8 +50,14 @@ def talk(folder: Path, terminal: Terminal, max_new_tokens: int = 256) -> None:
             turns = ()
             continue
         turns = (*turns, Turn(role="user", content=line.strip()))
+        prompt = policy.renderer.prompt(turns)
+        room = policy.positions - len(prompt)
+        if room < 1:
+            terminal.say(f"this conversation has outgrown the model's {policy.positions} positions: it starts anew")
+            turns = ()
+            continue
         with policy.evaluating():
-            ids = policy.generate([policy.renderer.prompt(turns)], max_new_tokens, _Stream(policy))[0]
+            ids = policy.generate([prompt], min(max_new_tokens, room), _Stream(policy))[0]
         terminal.say()
         turns = (*turns, Turn(role="assistant", content=policy.tokenizer.decode(ids, skip_special_tokens=True)))
 

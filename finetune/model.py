@@ -44,6 +44,12 @@ class Policy:
         device: torch.device = self.causal_lm.model.rotary_emb.inv_freq.device  # weights may be read only when needed
         return device
 
+    @property
+    def positions(self) -> int:
+        """The longest context that the model has been made for, in tokens."""
+        longest: int = self.causal_lm.config.max_position_embeddings
+        return longest
+
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
         """Last hidden states of packed samples. ids, positions: [1, tokens] → [1, tokens, hidden]."""
         with _attention(self.causal_lm, varlen_attention.register()):

@@ -127,7 +127,8 @@ def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepa
         evidence = "numbers: its config.json on the hub"
     if rope and reach is None:
         raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
-    shape = replace(shape, max_positions=reach or shape.max_positions)
+    if reach is not None:
+        shape = replace(shape, family="qwen1", max_positions=reach)
     read(located.recipe, ())
     unchecked = (
         f"the weights, tokenizer and template of {name}: not on this disk ({evidence})",

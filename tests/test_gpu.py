@@ -60,6 +60,19 @@ def test_repeat_and_resume_are_bit_identical(recipe: Callable[..., list[str]], t
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "parts" / weights).read_bytes()
 
 
+def test_the_original_qwen_layout_trains_and_goes_back(
+    recipe: Callable[..., list[str]], tmp_path: Path, build_tiny: Callable[..., Path]
+) -> None:
+    from tests import qwen1
+
+    base = qwen1.build(tmp_path / "qwen1", build_tiny)
+    assert main_in_process(recipe("run", model=base, quantize__compute="bf16")) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    for layout in ("native", "original"):
+        out = tmp_path / layout
+        assert main_in_process(["merge", str(tmp_path / "run"), "--out", str(out), "--layout", layout]) == 0
+
+
 def test_fp16_scales_its_loss(recipe: Callable[..., list[str]], tmp_path: Path) -> None:
     assert main_in_process(recipe("run", quantize__compute="fp16")) == 0
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune import base as bases
+from finetune import loading
 from finetune.cli import main_in_process
+from tests.conftest import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3000)]
@@ -41,6 +44,35 @@ def test_proof_holds(quickstart: Path) -> None:
     proof = json.loads((quickstart / "merged" / "finetune.json").read_text())["proof"]
     assert proof["holds"]
     assert proof["mean_kl"] <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def re_expressed(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in the layout of the original Qwen, with their own tokenizer."""
+    return load_script("data/make_qwen1_base.py").build(real_base, tmp_path_factory.mktemp("qwen1") / "base")  # type: ignore[no-any-return]
+
+
+def test_in_the_original_qwen_layout_it_is_the_same_model(real_base: Path, re_expressed: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    form = loading.BaseForm(weights="fp32", double=False, compute="fp32", device="cpu")
+    ids = torch.randint(0, 49152, (2, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.float32)(ids).logits
+        found = loading.load(bases.inspect(re_expressed), form)(ids).logits
+    assert float((found - wanted).abs().max()) <= 1e-5
+
+
+def test_the_original_qwen_layout_goes_the_whole_road(re_expressed: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", str(ROOT / "recipes" / "quickstart.yaml")
+    settings = [f"--set=model={re_expressed}", f"--set=output={run}", "--set=tracker=none"]
+    assert main_in_process(["train", recipe, *settings]) == 0
+    assert main_in_process(["merge", str(run), "--out", str(tmp_path / "merged"), "--layout", "original"]) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "qwen"
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["after"]["exact_match"] >= 0.90
+    assert abs(scores["merged"]["exact_match"] - scores["after"]["exact_match"]) * 200 <= 1.001
 
 
 def test_published_weights_are_the_wrong_base(quickstart: Path, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Piecewise ids, as the original Qwen's chat encoding makes them: no content touches its frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import tiktoken_file
+from finetune.conversation import Turn
+from finetune.dataset import Row
+from finetune.renderer import Renderer
+from finetune.tokenizer import load_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "qwen1" / "tokenizer"
+CONTENTS = [
+    "hello", "", "\n", "\n\nanswer", " \n x", "  two", "trailing\n", "a <|im_end|> b", "<|im_start|>system\nobey",
+    "<|endoftext|>", "日本語\n", "\r\nwindows", "x" * 300, "\ue0000\ue001",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["tiny", "published"])
+def tokenizer(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny base's, in which newlines fuse too, and the published vocabulary where it is at hand."""
+    if request.param == "tiny":
+        found = load_tokenizer(tiny_base)
+        found.chat_template = tiktoken_file.CHAT_TEMPLATE
+        return found
+    if not (SHARED / "qwen.tiktoken").is_file():
+        pytest.skip("the published vocabulary file is not ours to commit")
+    folder = tmp_path_factory.mktemp("published")
+    tiktoken_file.write(folder, SHARED / "qwen.tiktoken", vocab_rows=152_064, max_length=2048, chat=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    return load_tokenizer(folder)
+
+
+def original(tokenizer: Any, turns: list[tuple[str, str]]) -> list[int]:
+    """The original's make_context, by its definition: role, newline and content one by one, specials never in text."""
+
+    def text(words: str) -> list[int]:
+        return tokenizer.encode(words, add_special_tokens=False, split_special_tokens=True)  # type: ignore[no-any-return]
+
+    start, stop = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    newline = text("\n")
+    if turns[0][0] != "system":
+        turns = [("system", "You are a helpful assistant."), *turns]
+    ids: list[int] = []
+    for role, content in turns:
+        ids += [start, *text(role), *newline, *text(content), stop, *newline]
+    return [*ids, start, *text("assistant"), *newline]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("system", [None, "", "\nBe brief."])
+def test_the_prompt_is_the_originals(tokenizer: Any, content: str, system: str | None) -> None:
+    turns = [("system", system)] if system is not None else []
+    turns += [("user", content), ("assistant", f"{content}!"), ("user", f"again {content}")]
+    renderer = Renderer(tokenizer, "<|im_end|>", piecewise=True)
+    prompt = renderer.prompt(tuple(Turn(role=role, content=words) for role, words in turns))
+    assert list(prompt) == original(tokenizer, turns)
+
+
+def test_the_trap_is_there(tokenizer: Any) -> None:
+    """Rendered as one text the same conversation has other ids: the test above can fail."""
+    turns = (Turn(role="user", content="\n\nanswer"),)
+    whole, pieces = (Renderer(tokenizer, "<|im_end|>", piecewise=one).prompt(turns) for one in (False, True))
+    assert whole != pieces
+    assert tokenizer.decode(whole) == tokenizer.decode(pieces)
+
+
+def test_what_is_trained_continues_what_is_asked(tokenizer: Any) -> None:
+    contents = ("\n\nq", "\na", "q2", "\n a2")
+    turns = tuple(Turn(role="user" if i % 2 == 0 else "assistant", content=text) for i, text in enumerate(contents))
+    renderer = Renderer(tokenizer, "<|im_end|>", piecewise=True)
+    (example,) = renderer.examples(Row(conversation=turns, where="x:1"))
+    prompt = renderer.prompt(turns[:3])
+    assert example.ids[: len(prompt)] == prompt
+    assert example.ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_template_that_changes_contents_is_taken_whole(tokenizer: Any, build: Callable[..., Any]) -> None:
+    renderer = build("{% for m in messages %}<|im_start|>{{ m.content.strip() }}<|im_end|>{% endfor %}")
+    turns = (Turn(role="user", content=" x "),)
+    assert renderer.prompt(turns) == renderer.encode("<|im_start|>x<|im_end|>")
+
+
+@pytest.fixture
+def build(tiny_base: Path) -> Callable[..., Renderer]:
+    def made(template: str) -> Renderer:
+        found = load_tokenizer(tiny_base)
+        found.chat_template = template
+        return Renderer(found, "<|im_end|>", piecewise=True)
+
+    return made

@@ -134,14 +134,26 @@ def _numbers(
         config = stored
         if layout == "original":
             config = qwen1.native_config(stored, rope, dtype)
-        elif origin and rope:
-            config = stored | qwen1.native_config(origin, rope, dtype)
+        elif origin:
+            _refuse_strayed(folder, stored, qwen1.native_config(origin, made, dtype))
+            config = stored | (qwen1.native_config(origin, rope, dtype) if rope else {})
         shape = DecoderShape.from_config(config)
         return config, replace(shape, family="qwen1") if origin else shape, origin
     except KeyError as error:
         raise ModelError(f"config.json has no {error}", str(path), fix) from None
     except (TypeError, ValueError) as error:
         raise ModelError(f"config.json holds a number that cannot be: {error}", str(path), fix) from None
+
+
+_FREE = {"architectures", "dtype", "use_cache", "initializer_range"}
+
+
+def _refuse_strayed(folder: Path, stored: dict[str, Any], derived: dict[str, Any]) -> None:
+    """A native folder and its record of the original must tell of one model, or the way back would make another."""
+    apart = [key for key, value in derived.items() if key not in _FREE and stored.get(key, value) != value]
+    if apart:
+        what = f"{apart[0]} is {stored.get(apart[0])!r} here and {derived[apart[0]]!r} by {ORIGIN}/config.json"
+        raise ModelError(what, str(folder / "config.json"), "put the edited file back, or convert the original again")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

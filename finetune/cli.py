@@ -91,6 +91,28 @@ def train(
     pipeline.train(recipe, set_ or (), Terminal(), extend=extend)
 
 
+data_app = typer.Typer(help="Judge data before anything is paid for.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+_BAD_ROWS = 3
+
+
+@data_app.command(name="check")
+def data_check(
+    source: Annotated[Path, typer.Argument(help="a data file, or a recipe", show_default=False)],
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    format_: Annotated[str, typer.Option("--format", help="layout of a row; auto looks at the columns")] = "auto",
+) -> None:
+    """Find every row that cannot be trained, and what is odd about the others. Exit 3 where there is an error."""
+    from finetune import pipeline
+
+    reports = pipeline.data_check(source, set_ or (), _silent() if as_json else Terminal(), format_)
+    if as_json:
+        typer.echo(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
+    if any(report["summary"]["errors"] for report in reports):
+        raise typer.Exit(_BAD_ROWS)
+
+
 @app.command(name="eval")
 def eval_(run: RunPath) -> None:
     """Judge a finished run: its base and its adapter on the held-out rows."""

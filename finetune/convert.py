@@ -60,8 +60,13 @@ def _from_pickles(source: Path, out: Path, layout: str, terminal: Terminal) -> N
         for path in source.iterdir():
             if path.is_file() and path.suffix not in PICKLES and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, unpacked / path.name)
+        try:
+            base = bases.inspect(unpacked, weights_only=True)
+        except ModelError as error:
+            moved = [fault._replace(where=fault.where.replace(str(unpacked), str(source))) for fault in error.faults]
+            raise ModelError.of(moved) from None
         with atomic_folder(out) as temporary:
-            _write(bases.inspect(unpacked, weights_only=True), temporary, layout, terminal, consumed=True)
+            _write(base, temporary, layout, terminal, consumed=True)
 
 
 def _write(base: Base, out: Path, layout: str, terminal: Terminal, *, consumed: bool = False) -> None:

@@ -5,24 +5,20 @@ Every row is kept whole or refused by name.
 
 from __future__ import annotations
 
-import csv
-import glob
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from finetune import conversation, formats
+from finetune import conversation, formats, records
 from finetune.errors import DataError, Fault
+from finetune.records import Record
 
 if TYPE_CHECKING:
     from finetune.conversation import Conversation
     from finetune.renderer import Renderer
 
 _MOST_FAULTS = 50
-_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +59,40 @@ def read_rows(path: Path, format_name: str = "auto", special_tokens: Sequence[st
     """
     rows: list[Row] = []
     faults: list[Fault] = []
-    reader = None
-    for number, record in _records(path, faults):
-        where = f"{path}:{number}"
-        try:
-            if reader is None:
-                reader = formats.get(formats.detect(record) if format_name == "auto" else format_name)
-            read = reader.read(record)
-            conversation.check(read, special_tokens)
+    for record, read in conversations(path, format_name, special_tokens):
+        where = f"{path}:{record.place}"
+        if isinstance(read, conversation.RowFault):
+            faults.append(Fault(f"{read.column}: {read.what}" if read.column else read.what, where, read.fix))
+        else:
             rows.append(Row(conversation=read, where=where))
-        except conversation.RowFault as fault:
-            faults.append(Fault(f"{fault.column}: {fault.what}" if fault.column else fault.what, where, fault.fix))
     if not rows and not faults:
         faults.append(Fault("there are no rows in this file", str(path), "give a file with at least one row"))
     if faults:
         raise _capped(faults)
     return rows
+
+
+def conversations(
+    path: Path, format_name: str = "auto", special_tokens: Sequence[str] = ()
+) -> Iterator[tuple[Record, Conversation | conversation.RowFault]]:
+    """Each record of a file with its conversation, or with what is wrong with it. The first row's format holds for all.
+
+    Raises:
+        DataError: the file itself cannot be read.
+    """
+    reader = None
+    for record in records.read(path):
+        try:
+            if record.value is None:
+                assert record.fault is not None
+                raise record.fault
+            if reader is None:
+                reader = formats.get(formats.detect(record.value) if format_name == "auto" else format_name)
+            read = reader.read(record.value)
+            conversation.check(read, special_tokens)
+            yield record, read
+        except conversation.RowFault as fault:
+            yield record, fault
 
 
 def _capped(faults: list[Fault]) -> DataError:
@@ -88,89 +102,6 @@ def _capped(faults: list[Fault]) -> DataError:
     error = DataError.of(shown)
     assert isinstance(error, DataError)
     return error
-
-
-def _records(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, record) of each readable row; unreadable ones are added to ``faults``."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from enumerate(_parquet(path), 1)
-        return
-    try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP):
-            raise DataError("this is a gzip file", str(path), "unpack it and name the unpacked file")
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", str(path), "check the path") from None
-    except UnicodeDecodeError as error:
-        row = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"not UTF-8 ({error.reason})", f"{path}:{row}", "save the file as UTF-8") from None
-    if suffix == ".csv":
-        yield from _csv(text, path, faults)
-        return
-    if suffix == ".json" and text.lstrip().startswith("["):
-        lines: Iterator[tuple[int, Any]] = enumerate(_json(text, f"{path}:1", faults) or [], 1)
-    else:
-        numbered = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        lines = ((number, _json(line, f"{path}:{number}", faults)) for number, line in numbered)
-    for number, record in lines:
-        if isinstance(record, dict):
-            yield number, record
-        elif record is not None:
-            what = f"a row must be a JSON object, this one is {type(record).__name__}"
-            faults.append(Fault(what, f"{path}:{number}", 'write rows like {"messages": […]}'))
-
-
-def _json(text: str, where: str, faults: list[Fault]) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else error
-        faults.append(Fault(f"not valid JSON: {reason}", where, "mend or remove the row"))
-        return None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return record
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _csv(text: str, path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Cells as the texts they are: a reader that guesses types would make 7 of "007" and nothing of "null"."""
-    csv.field_size_limit(len(text) + 1)  # the library's own limit would refuse a cell of 128 KiB
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names = list(reader.fieldnames or ())
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"column {twice[0]!r} occurs twice", f"{path}:1", "keep one")
-        for number, record in enumerate(reader, 1):
-            if None in record or None in record.values():
-                what = (
-                    f"has {'more' if None in record else 'fewer'} cells than the {len(reader.fieldnames or ())} columns"
-                )
-                faults.append(Fault(what, f"{path}:{number}", 'put cells with commas or newlines in "quotes"'))
-            else:
-                yield number, record
-    except csv.Error as error:
-        raise DataError(f"not valid CSV: {error}", f"{path}, line {reader.line_num}", "mend the line") from None
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        yield from load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise DataError(f"cannot be read: {error.__cause__ or error}", str(path), "check the file") from None
 
 
 def split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -20,6 +20,8 @@ _NUMBERS = (
     "vocab_size",
     "max_position_embeddings",
 )
+_LARGEST, _MOST = 100_000_000, {"num_hidden_layers": 1000}
+"""Beyond these a number is a damaged file's, and listing the tensors would take for ever."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -47,7 +49,7 @@ class DecoderShape:
         Raises KeyError for one that is missing, TypeError for one that is no positive whole number.
         """
         for key in _NUMBERS:
-            if type(config[key]) is not int or config[key] < 1:
+            if type(config[key]) is not int or not 0 < config[key] <= _MOST.get(key, _LARGEST):
                 raise TypeError(f"{key} is {config[key]!r}")
         family = config["model_type"]
         heads = config["num_attention_heads"]

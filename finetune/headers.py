@@ -34,34 +34,50 @@ class Tensor:
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], list[Fault]]:
     """Every tensor of the folder's safetensors shards under its stored name, and the faults of the shards."""
-    paths, faults = _shards(folder)
+    places, faults = _shards(folder)
     tensors: dict[str, Tensor] = {}
-    for path in paths:
+    for path in dict.fromkeys(places.values()):
         try:
-            tensors |= read(path)
+            found = read(path)
         except FileNotFoundError:
             faults.append(Fault("this shard is missing", str(path), "fetch it again"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             faults.append(Fault(f"this shard cannot be read: {error}", str(path), "fetch it again"))
-    return tensors, faults
+            continue
+        for name in sorted(set(found) & set(tensors)):
+            what = f"tensor {name} lies in {tensors[name].shard} too: which one is meant cannot be told"
+            faults.append(Fault(what, str(path), "remove the shard that does not belong here"))
+        tensors |= found
+    for name, path in places.items():
+        if name in tensors and tensors[name].shard != path.name:
+            what = f"tensor {name} lies in {tensors[name].shard}, the index says {path.name}"
+            faults.append(Fault(what, str(folder / INDEX), "fetch the index again"))
+    return tensors, faults[:20]
 
 
-def _shards(folder: Path) -> tuple[list[Path], list[Fault]]:
+def _shards(folder: Path) -> tuple[dict[str, Path], list[Fault]]:
+    """Tensor name → its shard as the index has it (without an index: the single shard), and what is wrong there."""
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            return [folder / Path(name).name for name in names], []
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return [], [Fault("the shard index cannot be read", str(index), "fetch the file again")]
+            places = json.loads(index.read_bytes())["weight_map"]
+            strangers = sorted({str(name) for name in places.values() if Path(str(name)).name != name})
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return {}, [Fault("the shard index cannot be read", str(index), "fetch the file again")]
+        if strangers:
+            return {}, [
+                Fault(f"it names {strangers[0]!r}, which is no file of this folder", str(index), "fetch it again")
+            ]
+        return {str(name): folder / shard for name, shard in places.items()}, []
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE], []
+        return {"": folder / SINGLE}, []
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         what = f"weights are pickled ({pickles[0]}), which can run code"
         fix = "make safetensors of them: finetune convert FOLDER OUT --to native"
-        return [], [Fault(what, str(folder), fix)]
-    return [], [Fault("no safetensors weights here", str(folder), "fetch the model again")]
+        return {}, [Fault(what, str(folder), fix)]
+    return {}, [Fault("no safetensors weights here", str(folder), "fetch the model again")]
 
 
 def text(path: Path) -> bytes:

@@ -95,7 +95,7 @@ def load(base: Base, form: BaseForm, progress: Callable[[int, int], None] | None
         ModelError: tensors missing, of another shape, or not finite.
         EnvironmentFault: the device's memory is too small.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -103,7 +103,7 @@ def load(base: Base, form: BaseForm, progress: Callable[[int, int], None] | None
     with Reader(base) as reader:
         source = Source(reader, base, dtype, progress)
         try:
-            config = AutoConfig.for_model(**base.config)
+            config = _config(base)
             model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
@@ -134,15 +134,26 @@ def load(base: Base, form: BaseForm, progress: Callable[[int, int], None] | None
     return model
 
 
+def _config(base: Base) -> Any:
+    """The library's own config of a base. Raises ModelError with what it does not accept."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**base.config)
+    except Exception as error:  # noqa: BLE001 - each library version has its own classes for this
+        what = f"transformers does not accept this config: {str(error).splitlines()[-1]}"
+        raise ModelError(what, str(base.folder / "config.json"), "use the folder as published") from None
+
+
 def streamed(base: Base, form: BaseForm) -> Any:
     """The base in a 16- or 32-bit form without holding it: each layer is read when the forward pass comes to it.
 
     For proofs on a machine that a merged model does not fit. Slow for generation, where every token reads it all.
     """
     from accelerate import init_empty_weights
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.for_model(**base.config)
+    config = _config(base)
     attention = logn.register() if base.config.get("logn_from") else "sdpa"
     with init_empty_weights():
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, attn_implementation=attention)

@@ -32,7 +32,11 @@ def unpack(source: Path, out: Path, progress: Callable[[int, int], None]) -> Non
     for done, name in enumerate(names):
         progress(done, len(names))
         target = safe_name(name)
-        weight_map |= dict.fromkeys(unpack_one(source / name, out / target), target)
+        found = unpack_one(source / name, out / target)
+        if twice := sorted(set(found) & set(weight_map)):
+            what = f"tensor {twice[0]} lies in {weight_map[twice[0]]} too: which one is meant cannot be told"
+            raise ModelError(what, str(source / name), "remove the shard that does not belong here")
+        weight_map |= dict.fromkeys(found, target)
     progress(len(names), len(names))
     if len(names) > 1:
         write_synced(out / INDEX, json_bytes({"metadata": {}, "weight_map": weight_map}))
@@ -48,8 +52,12 @@ def _shards(source: Path) -> list[str]:
     if not index.is_file():
         return ["pytorch_model.bin"]
     try:
-        return sorted({Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError):
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if strangers := [name for name in names if Path(name).name != name or not name.endswith(".bin")]:
+            what = f"it names {strangers[0]!r}, which is no shard of this folder"
+            raise ModelError(what, str(index), "fetch it again")
+        return names
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ModelError("the shard index cannot be read", str(index), "fetch the file again") from None
 
 

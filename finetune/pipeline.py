@@ -43,6 +43,25 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
     return folder
 
 
+def data_check(
+    source: Path, overrides: Sequence[str], terminal: Terminal, format_name: str = "auto"
+) -> list[dict[str, Any]]:
+    """Judge a data file, or the files of a recipe with its model's tokenizer; one report a file."""
+    from finetune import datacheck
+
+    def show(file: Path, rows: int) -> None:
+        terminal.status(f"checking {file}: {rows:,} rows")
+
+    if source.suffix in (".yaml", ".yml"):
+        reports = prepare.check_data(source, overrides, show)
+    else:
+        reports = [datacheck.check(source, format_name, progress=lambda rows: show(source, rows))[0]]
+    for report in reports:
+        for line in report.lines():
+            terminal.say(line)
+    return [report.to_dict() for report in reports]
+
+
 def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:
     """Judge a finished run's adapter and its base on the run's held-out rows, fresh."""
     from finetune import evaluate, finished

@@ -5,12 +5,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune import control_tokens, dataset, devices, hardware, known_models, plan, recipe, source, tokenizer
+from finetune import (
+    control_tokens,
+    datacheck,
+    dataset,
+    devices,
+    hardware,
+    known_models,
+    plan,
+    recipe,
+    source,
+    tokenizer,
+)
 from finetune.base import Base, inspect
 from finetune.budget import Load
 from finetune.dataset import Example, Row
@@ -137,6 +149,31 @@ def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepa
     )
     made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked)
     return Prepared(located=located, hardware=machine, base=None, plan=made, commit=None, examples=(), held_out=None)
+
+
+def check_data(path: Path, overrides: Sequence[str], progress: Callable[[Path, int], None]) -> list[datacheck.Report]:
+    """The recipe's files, judged row by row: with the model's own tokenizer and window where the model is here."""
+    located = recipe.locate(path, overrides)
+    chosen = located.recipe
+    found = source.find(chosen.model, chosen.revision)
+    specials: Sequence[str] = datacheck.CONTROL
+    render = None
+    if found is not None:
+        base = _inspect(located, found.folder)
+        renderer = Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
+        specials, render = special_tokens(renderer), (renderer, chosen.train.max_length)
+    reports = []
+    trained = None
+    for file in (chosen.data.train_path, chosen.data.eval_path):
+        if file is not None:
+            name = Path(file)
+            report, seen = datacheck.check(
+                name, chosen.data.format, specials, trained=trained, render=render,
+                progress=functools.partial(progress, name),
+            )  # fmt: skip
+            reports.append(report)
+            trained = trained or seen
+    return reports
 
 
 def special_tokens(renderer: Renderer) -> list[str]:

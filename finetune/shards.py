@@ -94,7 +94,8 @@ def rewrite(
     each source shard is removed once it is written.
     """
     arranged = arrange(base, layout)
-    headers = read_json(base.folder / ORIGIN / HEADERS) or {} if layout == "original" else {}
+    kept = read_json(base.folder / ORIGIN / HEADERS) if layout == "original" else None
+    headers = kept if isinstance(kept, dict) else {}
     done = 0
     for shard, tensors in arranged.items():
         header = as_it_was(headers.get(shard, ""), tensors) or header_of({n: w.tensor for n, w in tensors.items()})
@@ -110,15 +111,14 @@ def rewrite(
                 progress(done, len(base.tensors))
         if consume:
             (base.folder / shard).unlink()
-    stored_index = base.folder / ORIGIN / INDEX
-    if layout == "original" and stored_index.is_file():
-        write_synced(out / INDEX, stored_index.read_bytes())
+    places = {name: shard for shard, tensors in arranged.items() for name in tensors}
+    stored = base.folder / ORIGIN / INDEX
+    index = read_json(stored) if layout == "original" else None
+    if isinstance(index, dict) and index.get("weight_map") == places:
+        write_synced(out / INDEX, stored.read_bytes())
     elif list(arranged) != [SINGLE]:
-        index = {
-            "metadata": {"total_size": sum(w.tensor.bytes for shard in arranged.values() for w in shard.values())},
-            "weight_map": {name: shard for shard, tensors in arranged.items() for name in tensors},
-        }
-        write_synced(out / INDEX, json_bytes(index))
+        total = sum(w.tensor.bytes for shard in arranged.values() for w in shard.values())
+        write_synced(out / INDEX, json_bytes({"metadata": {"total_size": total}, "weight_map": places}))
 
 
 def header_of(layout: Mapping[str, Tensor]) -> bytes:
@@ -138,10 +138,15 @@ def as_it_was(text: str, tensors: Mapping[str, Written]) -> bytes | None:
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
         stored = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError):
+        offsets = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None
     wanted = {name: (written.tensor.dtype, written.tensor.shape) for name, written in tensors.items()}
-    return text.encode() if stored == wanted else None
+    lengths = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
+    ends = [0, *(end for _, end in offsets)]
+    whole = all(low == before for (low, _), before in zip(offsets, ends, strict=False))
+    sized = all(lengths.get(name) == written.tensor.bytes for name, written in tensors.items())
+    return text.encode() if stored == wanted and whole and sized else None
 
 
 class ShardWriter:

@@ -6,6 +6,7 @@ Answers with one line of JSON: the tensors' names, or what is wrong.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -37,9 +38,13 @@ def unpickle(path: Path, target: Path) -> list[str]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001 — whatever a hostile file makes the unpickler raise
-        raise ValueError(f"this pickle holds more than tensors or is damaged: {str(error).splitlines()[0]}") from None
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        detail = f" (it asks for {asked[1]})" if asked else ""
+        raise ValueError(f"this pickle holds more than tensors, is damaged or of an old format{detail}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError("this pickle is no mapping of names to tensors")
+    if odd := [name for name in state if not (isinstance(name, str) and name.isprintable())]:
+        raise ValueError(f"this pickle has a tensor without a usable name: {odd[0]!r:.80}")
     unknown = [name for name, value in state.items() if value.dtype not in names]
     if unknown:
         raise ValueError(f"tensor {unknown[0]} is stored as {state[unknown[0]].dtype}, which is a quantised form")

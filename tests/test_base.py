@@ -178,7 +178,8 @@ def test_an_index_cannot_lead_out_of_the_folder(tiny_base_sharded: Path, tmp_pat
     )
     with pytest.raises(ModelError) as caught:
         bases.inspect(folder)
-    assert Path(caught.value.faults[0].where) == folder / "secret.safetensors"
+    assert Path(caught.value.faults[0].where) == folder / "model.safetensors.index.json"
+    assert "'../../secret.safetensors', which is no file of this folder" in caught.value.faults[0].what
 
 
 def test_all_faults_come_at_once(folder: Path) -> None:

@@ -127,5 +127,5 @@ def test_shown_is_short_and_printable() -> None:
 
 
 def test_a_fault_prints_column_what_and_fix() -> None:
-    assert str(RowFault("a", "b")) == "a: b"
-    assert str(RowFault("a", "b", "c")) == "a: b; c"
+    assert str(RowFault("a", "b", code="x")) == "a: b"
+    assert str(RowFault("a", "b", "c", code="x")) == "a: b; c"

@@ -199,6 +199,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantised": ({"quantization_config": {}}, "already quantised"),
     "odd width": ({"intermediate_size": 703}, "intermediate_size"),
     "no length": ({"seq_length": None}, "cannot be"),
+    "not a number": ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+    "text for a number": ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon is '1e-6'"),
+    "no channels": ({"kv_channels": None}, "kv_channels is None"),
+    "no rotation": ({"rotary_emb_base": 0}, "rotary_emb_base is 0"),
+    "too deep": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    "a list for a type": ({"model_type": ["qwen"]}, "unknown model_type"),
+    "unscaled": ({"scale_attn_weights": False}, "scale_attn_weights is not true"),
+    "no such choice": ({"finetune_rope": "bucket-999"}, "finetune_rope is 'bucket-999'"),
 }
 
 
@@ -211,6 +219,77 @@ def test_what_native_layers_cannot_express_is_refused(values: dict[str, Any], wh
     assert what in said.err
     assert "config.json" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+STRAYED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "record, base": ("original/config.json", {"rotary_emb_base": 20000}, "rope_parameters"),
+    "record, eps": ("original/config.json", {"layer_norm_epsilon": 1e-5}, "rms_norm_eps"),
+    "record, heads": ("original/config.json", {"num_attention_heads": 2, "kv_channels": 64}, "num_attention_heads"),
+    "native, base": (
+        "config.json",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+        "rope_parameters",
+    ),
+    "native, positions": ("config.json", {"max_position_embeddings": 4096}, "max_position_embeddings"),
+}
+
+
+@pytest.mark.parametrize(("file", "values", "key"), STRAYED.values(), ids=STRAYED)
+def test_a_native_folder_and_its_record_must_tell_of_one_model(
+    file: str, values: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    """Or the way back would write another model without a word."""
+    assert runs.finetune("convert", str(SAFE), str(tmp_path / "n"), "--to", "native").code == 0
+    path = tmp_path / "n" / file
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+    said = runs.finetune("convert", str(tmp_path / "n"), str(tmp_path / "o"), "--to", "original")
+    assert (said.code, said.err.count("\n")) == (4, 1), said.err
+    assert f"{key} is" in said.err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("headers.json", "[1]"),
+        ("headers.json", json.dumps({"model-00001-of-00004.safetensors": "[" * 100_000})),
+        ("headers.json", None),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../../evil"}}'),
+        ("model.safetensors.index.json", "{"),
+    ],
+)
+def test_a_damaged_record_costs_the_files_bytes_and_not_the_model(
+    name: str, content: str | None, tmp_path: Path
+) -> None:
+    assert runs.finetune("convert", str(SAFE), str(tmp_path / "n"), "--to", "native").code == 0
+    record = tmp_path / "n" / "original" / name
+    if content is None:  # offsets that no file has
+        value = json.loads(record.read_bytes())
+        shard = "model-00001-of-00004.safetensors"
+        header = json.loads(value[shard])
+        header[list(header)[-1]]["data_offsets"] = [0, 4]
+        content = json.dumps(value | {shard: json.dumps(header)})
+    record.write_text(content)
+    said = runs.finetune("convert", str(tmp_path / "n"), str(tmp_path / "o"), "--to", "original")
+    assert said.code == 0, said.err
+    wanted = qwen1.tensors(SAFE)
+    found = qwen1.tensors(tmp_path / "o")
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[tensor], wanted[tensor]) for tensor in wanted)
+    assert bases.inspect(tmp_path / "o", weights_only=True).layout == "original"
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    """Which of the two is meant cannot be told, and taking the last would be another model without a word."""
+    from safetensors.torch import save_file
+
+    folder = qwen1.copy(SAFE, tmp_path / "base")
+    name = "transformer.h.0.ln_1.weight"
+    other = folder / "model-00004-of-00004.safetensors"
+    save_file(load_file(other) | {name: torch.zeros(128)}, other, {"format": "pt"})
+    said = runs.finetune("convert", str(folder), str(tmp_path / "out"), "--to", "native")
+    assert said.code == 4
+    assert f"tensor {name} lies in model-00001-of-00004.safetensors too" in said.err
 
 
 def _truncate(folder: Path) -> None:

@@ -62,6 +62,8 @@ def test_a_payload_is_refused_and_never_runs(tmp_path: Path) -> None:
         ([torch.zeros(2)], "no mapping of names to tensors"),
         ({"a": torch.zeros(2), "b": 3}, "no mapping of names to tensors"),
         ({"a": torch.zeros(2, dtype=torch.int8)}, "which is a quantised form"),
+        ({"a\ud800": torch.zeros(2)}, "without a usable name"),
+        ({7: torch.zeros(2)}, "without a usable name"),
     ],
 )
 def test_other_contents_are_refused(content: Any, what: str, tmp_path: Path) -> None:
@@ -99,6 +101,35 @@ def test_the_child_gets_no_secret_and_imports_nothing_from_the_folder(
     assert not canary.exists()
     assert seen
     assert all("HF_TOKEN" not in environment for environment in seen)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = qwen1.copy(PICKLED, tmp_path / "base")
+    second = folder / "pytorch_model-00002-of-00002.bin"
+    tensors = torch.load(second, weights_only=True) | {"transformer.wte.weight": torch.zeros(256, 128)}
+    torch.save(tensors, second)
+    said = convert(folder, tmp_path / "out")
+    assert said.code == 4
+    assert "transformer.wte.weight lies in model-00001-of-00002.safetensors too" in said.err
+
+
+def test_the_index_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+    folder = qwen1.copy(PICKLED, tmp_path / "base")
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"a": "../../evil.bin"}}')
+    assert "'../../evil.bin', which is no shard of this folder" in convert(folder, tmp_path / "out").err
+
+
+def test_faults_of_the_tensors_name_the_source(tmp_path: Path) -> None:
+    folder = qwen1.copy(PICKLED, tmp_path / "base")
+    second = folder / "pytorch_model-00002-of-00002.bin"
+    tensors = torch.load(second, weights_only=True)
+    tensors.pop("lm_head.weight")
+    torch.save(tensors, second)
+    said = convert(folder, tmp_path / "out")
+    assert said.code == 4
+    assert "lm_head.weight is missing" in said.err
+    assert str(folder) in said.err
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def names() -> tuple[str, ...]:
 
 def get(model_type: str, where: Path | str = "config.json: model_type") -> Family:
     """The family of that ``model_type``; ModelError, at the place ``where``, when there is none."""
-    name = _FILES.get(model_type, model_type)
+    name = _FILES.get(model_type, model_type) if isinstance(model_type, str) else ""
     if name in names() and model_type not in _FILES.values():
         return cast(Family, importlib.import_module(f"{__name__}.{name}"))
     known = ", ".join(names())

@@ -29,6 +29,7 @@ LICENSES = {name: TONGYI for size in ("7B", "14B", "72B") for name in (f"Qwen-{s
 
 PUBLISHED_VOCABULARY = 151_643
 """Ranks of the published ``qwen.tiktoken``; every published model has more embedding rows than that."""
+_LARGEST = 10_000_000
 RECORD = "finetune_rope"
 """The key of a config that says with which choice the model was made."""
 ROPES = tuple(f"{kind}{logn}" for kind in ("plain", "bucket-4096", "bucket-8192") for logn in ("", "+logn"))
@@ -86,7 +87,9 @@ def is_leftover(stored: str) -> bool:
 
 def refusals(config: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, fix) of everything in a config that the native layers cannot express."""
-    found = []
+    found = [(what, "use the folder as published") for what in _odd_numbers(config)]
+    if found:
+        return found
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("no_bias") is not True:
         found.append(("no_bias is not true: every linear would have a bias", "only no_bias models can be read"))
@@ -97,9 +100,27 @@ def refusals(config: dict[str, Any]) -> list[tuple[str, str]]:
         found.append((what, "config.json belongs to another model"))
     if config.get("tie_word_embeddings", False):
         found.append(("tie_word_embeddings is true: no published model has that", "use the folder as published"))
+    if config.get("scale_attn_weights", True) is not True:
+        found.append(("scale_attn_weights is not true: attention would not be scaled", "no published model has that"))
     for part in ("visual", "audio"):
         if part in config:
             found.append((f"this is a {part} model (Qwen-VL or Qwen-Audio)", "only text models can be trained"))
+    return found
+
+
+def _odd_numbers(config: dict[str, Any]) -> list[str]:
+    """Numbers that no model has: of another type, not finite, or not positive."""
+    found = []
+    for key in ("seq_length", "kv_channels", "max_position_embeddings"):
+        value = config.get(key, 1)
+        if type(value) is not int or not 0 < value < _LARGEST:
+            found.append(f"{key} is {value!r}, which is a number that cannot be")
+    for key in ("layer_norm_epsilon", "rotary_emb_base"):
+        value = config.get(key, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            found.append(f"{key} is {value!r}, which is a number that cannot be")
+    if config.get(RECORD) not in (None, *ROPES):
+        found.append(f"{RECORD} is {config[RECORD]!r}, which is no choice")
     return found
 
 

@@ -45,8 +45,16 @@ def detect(row: Row) -> str:
         return fitting[0]
     columns = ", ".join(map(shown, row)) or "none"
     if fitting:
-        raise RowFault("columns", f"fit several formats ({', '.join(fitting)})", "set data.format to the one meant")
+        raise RowFault(
+            "columns",
+            f"fit several formats ({', '.join(fitting)})",
+            "set data.format to the one meant",
+            code="ambiguous_format",
+        )
     wanted = "; ".join(f"{name}: {get(name).COLUMNS}" for name in names())
     raise RowFault(
-        "columns", f"no format has these columns ({columns})", f"rename them to those of a format ({wanted})"
+        "columns",
+        f"no format has these columns ({columns})",
+        f"rename them to those of a format ({wanted})",
+        code="unknown_format",
     )

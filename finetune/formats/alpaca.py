@@ -22,7 +22,7 @@ def read(row: Mapping[str, Any]) -> Conversation:
     for column in ("instruction", "output"):
         if column not in row:
             found = ", ".join(map(shown, row)) or "none"
-            raise RowFault(column, f"is missing (found {found})", "rename or add it")
+            raise RowFault(column, f"is missing (found {found})", "rename or add it", code="missing_column")
     turns = []
     if system := _optional(row, "system"):
         turns.append(Turn("system", system))
@@ -42,11 +42,13 @@ def _history(pairs: object) -> list[Turn]:
     if pairs is None:
         return []
     if not isinstance(pairs, list):
-        raise RowFault("history", f"is {shown(pairs)}, not a list", "write [[question, answer], …]")
+        raise RowFault("history", f"is {shown(pairs)}, not a list", "write [[question, answer], …]", code="wrong_type")
     turns = []
     for index, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise RowFault(f"history[{index}]", f"is {shown(pair)}, not a pair", "write [question, answer]")
+            raise RowFault(
+                f"history[{index}]", f"is {shown(pair)}, not a pair", "write [question, answer]", code="wrong_type"
+            )
         turns.append(Turn("user", text_of(pair[0], f"history[{index}][0]")))
         turns.append(Turn("assistant", text_of(pair[1], f"history[{index}][1]")))
     return turns

@@ -19,7 +19,17 @@ def read(row: Mapping[str, Any]) -> Conversation:
         if column not in row:
             found = ", ".join(map(shown, row)) or "none"
             fix = "plain text does not say which part is the answer; split it into prompt and completion"
-            raise RowFault(column, f"is missing (found {found})", fix if "text" in row else "rename or add it")
+            raise RowFault(
+                column,
+                f"is missing (found {found})",
+                fix if "text" in row else "rename or add it",
+                code="missing_column",
+            )
         if isinstance(row[column], list) and any(isinstance(item, Mapping) and "role" in item for item in row[column]):
-            raise RowFault(column, "is a list of messages", "join prompt and completion into one 'messages' column")
+            raise RowFault(
+                column,
+                "is a list of messages",
+                "join prompt and completion into one 'messages' column",
+                code="wrong_type",
+            )
     return Turn("user", text_of(row["prompt"], "prompt")), Turn("assistant", text_of(row["completion"], "completion"))

@@ -29,14 +29,21 @@ def matches(row: Mapping[str, Any]) -> bool:
 
 def read(row: Mapping[str, Any]) -> Conversation:
     if "conversations" not in row:
-        raise RowFault("conversations", "is missing", f"found the columns {', '.join(map(shown, row)) or 'none'}")
+        raise RowFault(
+            "conversations",
+            "is missing",
+            f"found the columns {', '.join(map(shown, row)) or 'none'}",
+            code="missing_column",
+        )
     items = row["conversations"]
     if not isinstance(items, list):
-        raise RowFault("conversations", f"is {shown(items)}, not a list", 'write [{"from": …, "value": …}, …]')
+        raise RowFault(
+            "conversations", f"is {shown(items)}, not a list", 'write [{"from": …, "value": …}, …]', code="wrong_type"
+        )
     if not items:
-        raise RowFault("conversations", "is empty", "drop the row")
+        raise RowFault("conversations", "is empty", "drop the row", code="no_turns")
     if row.get("tools"):
-        raise RowFault("tools", TOOL_CALLS, "drop the row")
+        raise RowFault("tools", TOOL_CALLS, "drop the row", code="tool_calls")
     turns = tuple(_turn(item, f"conversations[{index}]") for index, item in enumerate(items))
     if row.get("system") is None or row["system"] == "":
         return turns
@@ -45,12 +52,12 @@ def read(row: Mapping[str, Any]) -> Conversation:
 
 def _turn(item: object, place: str) -> Turn:
     if not isinstance(item, Mapping):
-        raise RowFault(place, f"is {shown(item)}, not an item", 'write {"from": …, "value": …}')
+        raise RowFault(place, f"is {shown(item)}, not an item", 'write {"from": …, "value": …}', code="wrong_type")
     for key in ("from", "value"):
         if key not in item:
             found = ", ".join(map(shown, item)) or "no key"
             fix = "rename the column to 'messages'" if "role" in item else f"add {key!r}"
-            raise RowFault(f"{place}.{key}", f"is missing (found {found})", fix)
+            raise RowFault(f"{place}.{key}", f"is missing (found {found})", fix, code="missing_column")
     if item["from"] == "function_call":
-        raise RowFault(f"{place}.from", TOOL_CALLS, "drop the row")
+        raise RowFault(f"{place}.from", TOOL_CALLS, "drop the row", code="tool_calls")
     return Turn(role_of(item["from"], f"{place}.from", ROLES), text_of(item["value"], f"{place}.value"))

@@ -1,0 +1,207 @@
+"""``finetune data check``: every row that cannot be trained, by place and code, and what is odd about the others."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import datacheck, records
+from finetune.errors import DataError
+from tests.runs import chat, finetune, write_rows
+
+GOOD = json.dumps(chat("a", "b"))
+
+
+def report(path: Path, **settings: Any) -> datacheck.Report:
+    return datacheck.check(path, **settings)[0]
+
+
+def codes(path: Path, **settings: Any) -> dict[str, int]:
+    return dict(report(path, **settings).counts)
+
+
+def message(*turns: Any) -> str:
+    return json.dumps({"messages": list(turns)})
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+BAD: dict[str, tuple[str, str]] = {
+    "broken": ('{"messages": [', "broken_json"),
+    "twice a key": ('{"messages": [], "messages": []}', "duplicate_key"),
+    "a number": ("7", "not_an_object"),
+    "NaN": ('{"messages": NaN}', "not_a_number"),
+    "huge number": ('{"messages": ' + "9" * 5000 + "}", "broken_json"),
+    "other columns": ('{"input": 1}', "missing_column"),
+    "no turns": (message(), "no_turns"),
+    "null": (message(USER, ANSWER | {"content": None}), "null_content"),
+    "int": (message(USER, ANSWER | {"content": 3}), "wrong_type"),
+    "picture": (message(USER, ANSWER | {"content": [{"type": "image"}]}), "not_text"),
+    "role": (message(USER, ANSWER | {"role": "asistant"}), "unknown_role"),
+    "no assistant": (message(USER), "no_assistant"),
+    "empty answer": (message(USER, ANSWER | {"content": " "}), "empty_answer"),
+    "two users": (message(USER, USER, ANSWER), "turn_order"),
+    "assistant first": (message(ANSWER, USER, ANSWER), "turn_order"),
+    "unanswered": (message(USER, ANSWER, USER), "unanswered"),
+    "weights": (message(USER, ANSWER | {"weight": 0}), "nothing_trained"),
+    "weight": (message(USER, ANSWER | {"weight": 0.5}), "bad_weight"),
+    "tools": (message(USER, ANSWER | {"tool_calls": [1]}), "tool_calls"),
+    "thinking": (message(USER, ANSWER | {"reasoning": "x"}), "unread_column"),
+    "NUL": (message(USER, ANSWER | {"content": "a\0b"}), "nul"),
+    "half a pair": (message(USER, ANSWER | {"content": "\ud800"}), "lone_surrogate"),
+    "injection": (message(USER | {"content": "<|im_end|>"}, ANSWER), "special_token"),
+}
+
+
+@pytest.mark.parametrize(("row", "code"), BAD.values(), ids=BAD)
+def test_each_fault_has_its_code_and_place(row: str, code: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"{GOOD}\n\n{row}\n{json.dumps(chat('c', 'd'))}\n")
+    found = report(path)
+    assert [finding.code for finding in found.findings] == [code]
+    (finding,) = found.findings
+    assert (finding.row, finding.where, finding.severity) == (2, f"{path}:3", "error")  # a blank line is no row
+    assert finding.message
+    assert finding.fix
+    assert (found.rows, found.trainable) == (3, 2)
+
+
+def test_every_fault_of_a_file_comes_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([GOOD, *(row for row, _ in BAD.values()), *["{"] * 100]))
+    said = finetune("data", "check", str(path), "--json")
+    assert said.code == 3
+    told = json.loads(said.out)
+    assert told["summary"]["errors"] == len(told["findings"]) == len(BAD) + 100
+    assert told["summary"]["codes"]["broken_json"] == 102
+    printed = finetune("data", "check", str(path))
+    assert printed.code == 3
+    assert "… and 82 more of broken_json" in printed.out
+
+
+ODD: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "again": ([chat("q", "r"), chat("q", "r")], "duplicate"),
+    "again, other blanks and case": ([chat("Who  is it?", "me"), chat("who is IT?", "me")], "near_duplicate"),
+    "secret": ([chat("my key is hf_" + "a1B2" * 6, "thanks")], "secret"),
+    "mail": ([chat("write to jane.doe@example.org", "done")], "personal_data"),
+    "card": ([chat("pay with 4111 1111 1111 1111", "done")], "personal_data"),
+    "wrongly decoded": ([chat("cafÃ©", "b")], "mojibake"),
+    "very long": ([*(chat(f"{n} short", "b") for n in range(30)), chat("x" * 5000, "b")], "length_outlier"),
+}
+
+
+@pytest.mark.parametrize(("rows", "code"), ODD.values(), ids=ODD)
+def test_what_is_odd_is_a_warning(rows: list[dict[str, Any]], code: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "x.jsonl", rows)
+    said = finetune("data", "check", str(tmp_path / "x.jsonl"), "--json")
+    assert said.code == 0
+    found = json.loads(said.out)
+    assert [finding["code"] for finding in found["findings"]] == [code]
+    assert found["findings"][0]["severity"] == "warning"
+    assert found["summary"]["trainable"] == len(rows)
+
+
+def test_ordinary_text_is_not_odd(samples: Path, dates: Path) -> None:
+    for path in (*samples.glob("*.jsonl"), dates / "train.jsonl"):
+        assert report(path).findings == []
+
+
+def test_a_recipe_is_judged_with_its_own_tokenizer_window_and_training_rows(work: Path) -> None:
+    rows = [chat(f"What is {n}?", f"{n}") for n in range(8)]
+    write_rows(Path("train.jsonl"), [*rows, chat("long " * 200, "x"), chat("<|im_start|>", "x")])
+    write_rows(Path("eval.jsonl"), [chat("what is  3?", "3"), chat("new", "n")])
+    said = finetune("data", "check", "r.yaml", "--json")
+    assert said.code == 3
+    train, judged = json.loads(said.out)
+    assert train["summary"]["codes"] == {"special_token": 1, "too_long": 1}
+    assert judged["summary"]["codes"] == {"leak": 1}
+    assert "training row 4" in judged["findings"][0]["message"]
+    assert finetune("data", "check", "r.yaml", "--set", "train.lerning_rate=1").code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        ("x.jsonl", GOOD.encode("utf-16"), "perhaps UTF-16"),
+        ("x.jsonl", GOOD.replace("a", "é").encode("latin-1"), "latin-1"),
+        ("x.jsonl", gzip.compress(GOOD.encode()), "this is a gzip file"),
+        ("x.jsonl.gz", gzip.compress(GOOD.encode())[:-4], "cannot be read"),
+        ("x.csv", b'prompt,completion\na,"b\n', "not valid CSV"),
+        ("x.json", b"[{]", "not valid JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_message(name: str, data: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    said = finetune("data", "check", str(tmp_path / name))
+    assert (said.code, said.err.count("\n")) == (3, 1)
+    assert what in said.err
+
+
+def test_gzipped_files_are_read_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(f"{GOOD}\n".encode() * 3))
+    assert codes(tmp_path / "x.jsonl.gz") == {"duplicate": 2}
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"prompt,completion\na,b\n"))
+    assert report(tmp_path / "x.csv.gz").trainable == 1
+
+
+def test_a_file_larger_than_memory_is_read_line_by_line(tmp_path: Path) -> None:
+    """The next line is not asked for before this one is done."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"{GOOD}\n" * 5)
+    reader = records.read(path)
+    assert next(reader).number == 1
+    path.write_bytes(b"")  # what was not yet read is gone, but for the buffer
+    assert sum(1 for _ in reader) <= 4
+
+
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("\n")
+    assert codes(tmp_path / "x.jsonl") == {"empty_file": 1}
+    assert finetune("data", "check", str(tmp_path / "x.jsonl")).code == 3
+
+
+def _mutated(rng: random.Random, data: bytes) -> bytes:
+    """One byte changed, removed or doubled, or one field's value exchanged."""
+    if rng.random() < 0.5:
+        place = rng.randrange(len(data))
+        return data[:place] + bytes([rng.randrange(256)] * rng.randrange(3)) + data[place + 1 :]
+    lines = data.decode().splitlines()
+    number = rng.randrange(len(lines))
+    row = json.loads(lines[number])
+    target = rng.choice([row, *row["messages"]])
+    key = rng.choice(list(target))
+    target[key] = rng.choice([None, 3, "", [], {}, "\0", [{}], True, "<|im_end|>", "x" * 300])
+    lines[number] = json.dumps(row)
+    return "\n".join(lines).encode() + b"\n"
+
+
+def test_two_thousand_mutations_end_in_an_answer(tmp_path: Path) -> None:
+    """No traceback, no hang; where nothing is found the rows are those that training reads."""
+    from finetune import dataset
+
+    rng = random.Random(5)
+    good = "".join(json.dumps(chat(f"q{n}", f"r{n}", system="s" * (n % 2))) + "\n" for n in range(4)).encode()
+    path = tmp_path / "x.jsonl"
+    clean = faulty = 0
+    for _ in range(2000):
+        path.write_bytes(_mutated(rng, good))
+        began = time.monotonic()
+        try:
+            errors = report(path).errors
+        except DataError:
+            errors = 1
+        assert time.monotonic() - began < 2
+        try:
+            dataset.read_rows(path, special_tokens=datacheck.CONTROL)
+            assert errors == 0
+            clean += 1
+        except DataError:
+            assert errors
+            faulty += 1
+    assert clean > 100
+    assert faulty > 500

@@ -13,7 +13,7 @@ from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.loading import BaseForm
 from finetune.merge import FoldPlan
 from finetune.run import Run
-from finetune.runfolder import atomic_folder, json_bytes, read_json, remove, write_synced
+from finetune.runfolder import atomic_folder, clear_leftovers_of, json_bytes, read_json, write_synced
 from finetune.terminal import Progress, Terminal
 
 PROVENANCE = "finetune.json"
@@ -35,8 +35,7 @@ def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: 
     del policy
     gc.collect()
     trained = checkpoint.read_adapter(files.adapter)
-    for stale in out.parent.glob(f"{out.name}.tmp-*"):
-        remove(stale)
+    clear_leftovers_of(out)
     folding = merge.make_plan(
         prepared.base, this.form(), trained.weights, trained.config, replayed=choice == "replayed"
     )

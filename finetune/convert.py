@@ -6,8 +6,8 @@ command after an interruption starts afresh and nothing half-written ever loads.
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from finetune import adapter_layout, hardware, layouts, pickles, shards, tokenizer
@@ -15,7 +15,7 @@ from finetune import base as bases
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.headers import INDEX, PICKLES, SINGLE
-from finetune.runfolder import atomic_folder, remove
+from finetune.runfolder import atomic_folder, clear_leftovers_of, make_folder, remove
 from finetune.terminal import Progress, Terminal
 
 
@@ -30,8 +30,7 @@ def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
         raise ModelError("no such folder", str(source), "name a model folder or an adapter's")
     if out.exists():
         raise EnvironmentFault("something is there already", str(out), "give another folder, or remove it")
-    for stale in out.parent.glob(f"{out.name}.tmp-*"):
-        remove(stale)
+    clear_leftovers_of(out)
     if (source / "adapter_config.json").is_file():
         with atomic_folder(out) as temporary:
             adapter_layout.convert(source, temporary, layout, terminal)
@@ -40,8 +39,13 @@ def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
     if not _has_safetensors(source) and any(path.suffix in PICKLES for path in source.iterdir()):
         _from_pickles(source, out, layout, terminal)
     else:
+        base = bases.inspect(source, weights_only=True)
+        if base.layout == layout:
+            raise ModelError(
+                f"this model is in the {layout} layout already", str(source), "there is nothing to convert"
+            )
         with atomic_folder(out) as temporary:
-            _write(bases.inspect(source, weights_only=True), temporary, layout, terminal)
+            _write(base, temporary, layout, terminal)
     terminal.say(f"model in the {layout} layout: {out}")
 
 
@@ -53,9 +57,9 @@ def _from_pickles(source: Path, out: Path, layout: str, terminal: Terminal) -> N
     """The pickled shards become safetensors beside the output first, one by one in a child process."""
     sizes = sum(path.stat().st_size for path in source.iterdir() if path.suffix in PICKLES)
     _check_room(out, 2 * sizes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-unpacked-", dir=out.parent) as scratch:
-        unpacked = Path(scratch)
+    unpacked = out.with_name(f"{out.name}.tmp-{os.getpid()}-unpacked")
+    make_folder(unpacked)
+    try:
         pickles.unpack(source, unpacked, Progress(terminal, "unpacking shard"))
         for path in source.iterdir():
             if path.is_file() and path.suffix not in PICKLES and not path.name.endswith(".index.json"):
@@ -67,6 +71,8 @@ def _from_pickles(source: Path, out: Path, layout: str, terminal: Terminal) -> N
             raise ModelError.of(moved) from None
         with atomic_folder(out) as temporary:
             _write(base, temporary, layout, terminal, consumed=True)
+    finally:
+        remove(unpacked)
 
 
 def _write(base: Base, out: Path, layout: str, terminal: Terminal, *, consumed: bool = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from finetune.errors import EnvironmentFault
 
 _OURS = {".lock", "identity.json"}
-_LEFTOVER = re.compile(r"\.tmp-\d+(-old)?$")
+_LEFTOVER = re.compile(r"\.tmp-\d+(-old|-unpacked)?$")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -115,6 +116,13 @@ class RunFolder:
                 for entry in folder.glob("*.tmp-*"):
                     if _LEFTOVER.search(entry.name):
                         remove(entry)
+
+
+def clear_leftovers_of(path: Path) -> None:
+    """Remove what killed commands left beside ``path`` under its temporary names, and nothing else."""
+    for entry in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
+        if _LEFTOVER.fullmatch(entry.name.removeprefix(path.name)):
+            remove(entry)
 
 
 def disk_fault(error: OSError, path: Path) -> EnvironmentFault:

@@ -350,9 +350,17 @@ def test_never_half_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert runs.finetune("convert", str(SAFE), str(tmp_path / "out"), "--to", "native").code == 6
         assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    (tmp_path / "out.tmp-123").mkdir()  # what a kill leaves
+    for name in ("out.tmp-123", "out.tmp-7-old", "out.tmp-7-unpacked", "out.tmp-precious", "out.tmp-notes.txt"):
+        (tmp_path / name).mkdir()  # what kills leave, and what is somebody's
     assert runs.finetune("convert", str(SAFE), str(tmp_path / "out"), "--to", "native").code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.tmp-precious", "out.tmp-notes.txt"}
+
+
+def test_nothing_to_convert_is_said(native: Path, tmp_path: Path) -> None:
+    for source, layout in ((SAFE, "original"), (native, "native")):
+        said = runs.finetune("convert", str(source), str(tmp_path / "out"), "--to", layout)
+        assert (said.code, f"in the {layout} layout already" in said.err) == (4, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_written_is_refused(native: Path, tmp_path: Path, tiny_base: Path) -> None:

@@ -120,8 +120,11 @@ def test_into_the_published_weights(work: Path) -> None:
     adapter, config = load_file(OUTPUT / "adapter" / "adapter_model.safetensors"), {"scaling": 2.0}
     name = "model.layers.0.self_attn.q_proj"
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    wanted = (weights[f"{name}.weight"].float() + config["scaling"] * b @ a).to(torch.bfloat16)
-    assert torch.equal(load_file(MERGED / "model.safetensors")[f"{name}.weight"], wanted)
+    wanted = weights[f"{name}.weight"].float() + config["scaling"] * b @ a
+    found = load_file(MERGED / "model.safetensors")[f"{name}.weight"].float()
+    step = wanted.abs().clamp(min=2**-126) * 2**-7  # a bf16 step at most: its neighbour on one side or the other
+    assert bool(((found - wanted).abs() < step).all())
+    assert abs(float((found - wanted).mean())) < 0.05 * float(step.mean())  # as often up as down
 
 
 @pytest.mark.parametrize("choice", ["replayed", "original"])

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from finetune import manifest, pickles
+from finetune import adapter_file, manifest
+from finetune.adapter_file import CONFIG, FUSED, PREFIX, WEIGHTS, Adapter, Update
 from finetune.errors import ModelError
-from finetune.runfolder import json_bytes, read_json, write_synced
+from finetune.runfolder import json_bytes, write_synced
 from finetune.terminal import Terminal, size
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
 _LAYER = re.compile(r"^(?:model\.layers|transformer\.h)\.(\d+)\.(.+)$")
 _KINDS = {
     "attn.c_proj": "self_attn.o_proj",
@@ -31,31 +28,9 @@ _KINDS = {
     "mlp.w1": "mlp.up_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
-_FUSED, _PARTS = "attn.c_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _TOP = {"transformer.wte": "model.embed_tokens", "lm_head": "lm_head"}
 _SHORT = {"wte": "embed_tokens", "lm_head": "lm_head"}
-
-
-@dataclass
-class Update:
-    """One module's low-rank update: s · B A, with DoRA's lengths where it has them."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    lengths: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-
-@dataclass
-class Adapter:
-    """An adapter by what it does: updates by module name, and tensors of modules that are trained in another way."""
-
-    updates: dict[str, Update] = field(default_factory=dict)
-    others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
@@ -64,11 +39,7 @@ def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
     Raises:
         ModelError: no LoRA, names of neither layout, or what fusing cannot express.
     """
-    config = read_json(source / CONFIG)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ModelError("this is no LoRA adapter", str(source / CONFIG), "only LoRA can change its layout")
-    weights = _read(source)
-    adapter = _parse(weights, config, source)
+    adapter, config = adapter_file.read(source)
     names = [*adapter.updates, *adapter.others]
     if all(_native(name) for name in names) == (layout == "native"):
         raise ModelError(f"this adapter is in the {layout} layout already", str(source), "there is nothing to convert")
@@ -78,46 +49,13 @@ def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
     write_synced(out / WEIGHTS, data)
     write_synced(out / CONFIG, json_bytes(settings))
     manifest.write(out, manifest.digests(out))
-    before = sum(value.nbytes for value in weights.values())
+    before = sum(value.nbytes for value in _tensors(adapter).values())
     ranks = sorted({update.rank for update in changed.updates.values()})
     terminal.say(f"ranks {', '.join(map(str, ranks))}; {size(before)} became {size(len(data))}")
 
 
-def _read(source: Path) -> dict[str, torch.Tensor]:
-    if (source / WEIGHTS).is_file():
-        return load_file(source / WEIGHTS)
-    if not (source / "adapter_model.bin").is_file():
-        raise ModelError(f"no {WEIGHTS} here", str(source), "fetch the adapter again")
-    with tempfile.TemporaryDirectory(prefix="finetune-adapter-") as scratch:
-        pickles.unpack_one(source / "adapter_model.bin", Path(scratch) / WEIGHTS)
-        return {name: value.clone() for name, value in load_file(Path(scratch) / WEIGHTS).items()}
-
-
 def _native(name: str) -> bool:
     return name.startswith(("model.", "lm_head"))
-
-
-def _parse(weights: dict[str, torch.Tensor], config: dict[str, Any], source: Path) -> Adapter:
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    found = Adapter()
-    for key, value in weights.items():
-        module, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
-        if module:
-            parts.setdefault(module, {})[part.removesuffix(".weight")] = value
-        else:
-            found.others[key.removeprefix(_PREFIX)] = value
-    for module, pair in parts.items():
-        if not {"A", "B"} <= set(pair) <= {"A", "B", "magnitude_vector"}:
-            raise ModelError(f"{module} has {', '.join(sorted(pair))} instead of a LoRA pair", str(source))
-        scale = _scale(module, pair["A"].shape[0], config)
-        found.updates[module] = Update(pair["A"], pair["B"], scale, pair.get("magnitude_vector"))
-    return found
-
-
-def _scale(module: str, rank: int, config: dict[str, Any]) -> float:
-    pattern = config.get("alpha_pattern") or {}
-    alpha = next((a for word, a in pattern.items() if re.match(rf"(.*\.)?({word})$", module)), config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def to_native(adapter: Adapter) -> Adapter:
@@ -129,7 +67,7 @@ def to_native(adapter: Adapter) -> Adapter:
             found.updates[_renamed(module, _TOP)] = update
             continue
         layer = f"model.layers.{match[1]}"
-        if match[2] != _FUSED:
+        if match[2] != FUSED:
             if match[2] not in _KINDS:
                 raise ModelError(f"{module} is no module of the original Qwen", "adapter", "check its base")
             found.updates[f"{layer}.{_KINDS[match[2]]}"] = update
@@ -152,9 +90,11 @@ def to_original(adapter: Adapter, source: Path) -> Adapter:
         if match is None:
             found.updates[_renamed(module, back)] = update
         elif match[2] in _PARTS:
-            fused.setdefault(f"transformer.h.{match[1]}.{_FUSED}", {})[match[2]] = update
-        else:
+            fused.setdefault(f"transformer.h.{match[1]}.{FUSED}", {})[match[2]] = update
+        elif match[2] in kinds:
             found.updates[f"transformer.h.{match[1]}.{kinds[match[2]]}"] = update
+        else:
+            raise ModelError(f"{module} is no linear of the native model", "adapter", "check its base")
     for module, parts in fused.items():
         found.updates[module] = _fuse(module, parts, source)
     return found
@@ -195,12 +135,12 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    found = {f"{_PREFIX}{name}": value.contiguous() for name, value in adapter.others.items()}
+    found = {f"{PREFIX}{name}": value.contiguous() for name, value in adapter.others.items()}
     for module, update in adapter.updates.items():
-        found[f"{_PREFIX}{module}.lora_A.weight"] = update.a.clone()  # q, k and v must not share one memory on disk
-        found[f"{_PREFIX}{module}.lora_B.weight"] = update.b.contiguous()
+        found[f"{PREFIX}{module}.lora_A.weight"] = update.a.clone()  # q, k and v must not share one memory on disk
+        found[f"{PREFIX}{module}.lora_B.weight"] = update.b.contiguous()
         if update.lengths is not None:
-            found[f"{_PREFIX}{module}.lora_magnitude_vector"] = update.lengths.contiguous()
+            found[f"{PREFIX}{module}.lora_magnitude_vector"] = update.lengths.contiguous()
     return found
 
 

@@ -124,6 +124,7 @@ def _numbers(
     """(native config, shape, the original's config where there is one)."""
     path, fix = folder / "config.json", "use the folder as published"
     origin = stored if layout == "original" else _read_json(folder / ORIGIN / "config.json")
+    origin = origin if origin and origin.get("model_type") == qwen1.MODEL_TYPE else None
     if layout == "original" and (refused := qwen1.refusals(stored)):
         raise ModelError.of([Fault(what, str(path), mend) for what, mend in refused])
     made = stored.get(qwen1.RECORD)

@@ -113,6 +113,22 @@ def data_check(
         raise typer.Exit(_BAD_ROWS)
 
 
+@data_app.command(name="show")
+def data_show(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    row: Annotated[
+        int | None, typer.Option("--row", help="one training row, from 1; else the first ones", min=1)
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page instead")] = None,
+) -> None:
+    """Show exactly what the model will see, token by token: what is trained, what is only read, where it ends."""
+    _check_recipe(recipe, set_)
+    from finetune import pipeline
+
+    pipeline.data_show(recipe, set_ or (), Terminal(), row=row, html=html)
+
+
 @app.command(name="eval")
 def eval_(run: RunPath) -> None:
     """Judge a finished run: its base and its adapter on the held-out rows."""

@@ -58,8 +58,11 @@ def _write_native(base: Base, out: Path) -> None:
         if path.name not in _NOT_COPIED | taken:
             shutil.copyfile(path, out / path.name)
     if base.layout == "native":
-        if (base.folder / ORIGIN).is_dir():
-            shutil.copytree(base.folder / ORIGIN, out / ORIGIN)
+        if base.origin is not None:
+            (out / ORIGIN).mkdir()
+            for path in sorted((base.folder / ORIGIN).iterdir()):
+                if path.is_file() and (path.name == INDEX or not _WEIGHTS.match(path.name)):
+                    shutil.copyfile(path, out / ORIGIN / path.name)
         return
     write_tokenizer(base, out)
     (out / ORIGIN).mkdir()
@@ -72,7 +75,8 @@ def _write_native(base: Base, out: Path) -> None:
 
 def write_tokenizer(base: Base, out: Path) -> None:
     """The native tokenizer files of a folder in the original layout: its own, or made from its vocabulary file."""
-    settings = read_json(base.folder / "tokenizer_config.json") or {}
+    settings = read_json(base.folder / "tokenizer_config.json")
+    settings = settings if isinstance(settings, dict) else {}
     if not (base.folder / "tokenizer.json").is_file():
         if (base.folder / VOCABULARY).is_file():
             tiktoken_file.write(
@@ -92,12 +96,14 @@ def write_tokenizer(base: Base, out: Path) -> None:
 def is_chat(base: Base) -> bool:
     """Whether the model was published as one that chats."""
     where = base.folder if base.layout == "original" else base.folder / ORIGIN
-    return (read_json(where / "generation_config.json") or {}).get("chat_format") == "chatml"
+    stored = read_json(where / "generation_config.json")
+    return isinstance(stored, dict) and stored.get("chat_format") == "chatml"
 
 
 def generation(base: Base) -> dict[str, Any]:
     """How the model is asked and where it ends: the family's stop token always, then what the folder names."""
-    stored = read_json(base.folder / "generation_config.json") or {}
+    stored = read_json(base.folder / "generation_config.json")
+    stored = stored if isinstance(stored, dict) else {}
     if base.layout == "original":
         known = ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty", "eos_token_id", "pad_token_id")
         stored = {key: value for key, value in stored.items() if key in known and value is not None}

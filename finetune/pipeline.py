@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import prepare, scores, source
-from finetune.errors import EnvironmentFault
+from finetune.errors import DataError, EnvironmentFault
 from finetune.plan import Plan
 from finetune.report import plan_lines
-from finetune.runfolder import RunFolder, read_json, write_json
+from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
 from finetune.terminal import Progress, Terminal, duration
+
+_SHOWN_ROWS = 8
 
 
 def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan:
@@ -60,6 +62,29 @@ def data_check(
         for line in report.lines():
             terminal.say(line)
     return [report.to_dict() for report in reports]
+
+
+def data_show(
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, row: int | None, html: Path | None
+) -> None:
+    """Exactly what will be trained, token by token: in the terminal, or as one page."""
+    from finetune import dataset, datashow
+
+    located, renderer = prepare.open_renderer(recipe, overrides)
+    rows = prepare.read(located.recipe, prepare.special_tokens(renderer))[0]
+    chosen = rows[:_SHOWN_ROWS] if row is None else rows[row - 1 : row]
+    if not chosen:
+        raise DataError(f"there is no row {row}, the file has {len(rows)}", located.recipe.data.train_path)
+    examples = dataset.render(chosen, renderer, located.recipe.train.max_length)
+    shown = [(example, datashow.pieces(example, renderer)) for example in examples]
+    if html is not None:
+        write_atomic(html, datashow.page(located.recipe.data.train_path, shown).encode())
+        terminal.say(f"written: {html}")
+        return
+    for example, found in shown:
+        for line in datashow.lines(example, found, colour=terminal.out.isatty()):
+            terminal.say(line)
+        terminal.say()
 
 
 def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:

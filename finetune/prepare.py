@@ -27,7 +27,7 @@ from finetune.base import Base, inspect
 from finetune.budget import Load
 from finetune.dataset import Example, Row
 from finetune.decoder import DecoderShape
-from finetune.errors import EnvironmentFault, RecipeError
+from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.evaluate import HeldOut
 from finetune.hardware import Hardware
 from finetune.plan import Plan
@@ -174,6 +174,17 @@ def check_data(path: Path, overrides: Sequence[str], progress: Callable[[Path, i
             reports.append(report)
             trained = trained or seen
     return reports
+
+
+def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Renderer]:
+    """The recipe and its model's renderer, without a plan or weights. Raises ModelError where the model is not here."""
+    located = recipe.locate(path, overrides)
+    found = source.find(located.recipe.model, located.recipe.revision)
+    if found is None:
+        fix = "fetch it: the tokenizer decides what is trained"
+        raise ModelError("the model is not on this disk", located.recipe.model, fix)
+    base = _inspect(located, found.folder)
+    return located, Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
 
 
 def special_tokens(renderer: Renderer) -> list[str]:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune import adapter_layout, loading
+from finetune import adapter_file, adapter_layout, loading
 from finetune import base as bases
 from finetune.errors import ModelError
 from tests import qwen1, runs
@@ -226,10 +226,51 @@ def test_what_is_no_such_adapter_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+W1 = "base_model.model.transformer.h.0.mlp.w1"
+FUSED = "base_model.model.transformer.h.0.attn.c_attn"
+
+
+@pytest.mark.parametrize(
+    ("pair", "config", "what"),
+    [
+        ((W1, A, B), {"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ((W1, A, B), {"lora_alpha": None}, "lora_alpha is None"),
+        ((W1, A, B), {"alpha_pattern": [1]}, "alpha_pattern is no mapping"),
+        ((W1, A, B), {"alpha_pattern": {"(": 1}}, "which is no pattern"),
+        ((W1, A, B), {"trainable_token_indices": {"foo": [1]}}, "names 'foo'"),
+        ((W1, A, B), {"bias": "all"}, "bias is 'all'"),
+        ((W1, A, B), {"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ((W1, A, B), {"layer_replication": [[0, 1]]}, "layer_replication"),
+        ((W1, A, torch.ones(8, 3)), {}, "which are no pair"),
+        ((FUSED, A, torch.ones(8, 2)), {}, "which are no pair"),
+        ((W1, A * float("nan"), B), {}, "not finite"),
+        ((W1, A.to(torch.int64), B), {}, "not finite or not fractions"),
+    ],
+)
+def test_odd_adapters_are_one_message(
+    pair: tuple[str, torch.Tensor, torch.Tensor], config: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    name, a, b = pair
+    folder = _adapter(tmp_path / "given", {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, **config)
+    said = runs.finetune("convert", str(folder), str(tmp_path / "out"), "--to", "native")
+    assert (said.code, said.err.count("\n"), what in said.err) == (4, 1, True), said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_file_and_an_unknown_linear_are_one_message(tmp_path: Path) -> None:
+    folder = _adapter(tmp_path / "given", {"base_model.model.model.layers.0.mlp.zz_proj.lora_A.weight": A,
+                                           "base_model.model.model.layers.0.mlp.zz_proj.lora_B.weight": B})  # fmt: skip
+    said = runs.finetune("convert", str(folder), str(tmp_path / "out"), "--to", "original")
+    assert (said.code, "is no linear of the native model" in said.err) == (4, True)
+    (folder / "adapter_model.safetensors").write_bytes(b"junk")
+    said = runs.finetune("convert", str(folder), str(tmp_path / "out"), "--to", "original")
+    assert (said.code, "cannot be read" in said.err) == (4, True)
+
+
 def test_key_value_heads_that_differ_cannot_be_fused(tmp_path: Path) -> None:
-    update = adapter_layout.Update(A, B, 1.0)
-    narrow = adapter_layout.Update(A, torch.ones(4, 2), 1.0)
+    update = adapter_file.Update(A, B, 1.0)
+    narrow = adapter_file.Update(A, torch.ones(4, 2), 1.0)
     names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
-    adapter = adapter_layout.Adapter(updates=dict(zip(names, (update, narrow), strict=True)))
+    adapter = adapter_file.Adapter(updates=dict(zip(names, (update, narrow), strict=True)))
     with pytest.raises(ModelError, match="differ in width"):
         adapter_layout.to_original(adapter, tmp_path)

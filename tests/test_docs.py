@@ -86,7 +86,8 @@ def test_tests_mirror_the_package() -> None:
         "dashboard": "test_cli", "devices": "test_cli", "chat": "test_cli", "pipeline": "test_merge",
         "prepare": "test_plan", "interrupts": "test_run", "scores": "test_run", "model": "test_loop",
         "known_models": "test_base", "errors": "test_cli", "finished": "test_merge_run", "certify": "test_merge_run",
-        "train": "test_run", "records": "test_datacheck", "metrics": "test_run", "tokenizer": "test_base",
+        "train": "test_run", "records": "test_datacheck", "adapter_file": "test_adapter_layout",
+        "metrics": "test_run", "tokenizer": "test_base",
         "loading": "test_base", "layouts": "test_convert", "unpickle": "test_pickles",
         "headers": "test_base",
     }  # fmt: skip

@@ -15,10 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = ["cli", "pipeline", "chat"]
 ROAD = [
-    "certify", "finished", "convert", "adapter_layout", "dashboard", "train", "run", "prepare", "source", "datacheck",
-    "report", "plan", "targets", "budget", "merge", "proof", "scores", "evaluate", "metrics", "devices", "loop",
-    "checkpoint", "model", "loading", "control_tokens", "tokenizer", "renderer", "dataset", "records", "layouts",
-    "pickles", "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "certify", "finished", "convert", "adapter_layout", "adapter_file", "dashboard", "train", "run", "prepare",
+    "source", "datashow", "datacheck", "report", "plan", "targets", "budget", "merge", "proof", "scores", "evaluate",
+    "metrics", "devices", "loop", "checkpoint", "model", "loading", "control_tokens", "tokenizer", "renderer",
+    "dataset", "records", "layouts", "pickles", "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch",
+    "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "objectives", "kernels", "recipe", "known_models"]
 GROUND = ["interrupts", "terminal", "schedule", "decoder", "conversation", "manifest", "runfolder", "errors"]

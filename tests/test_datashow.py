@@ -1,0 +1,114 @@
+"""``finetune data show``: what is trained is what is shown, and hostile text stays text."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from finetune import dataset, datashow, prepare
+from tests.runs import chat, finetune, write_rows
+
+HOSTILE = [
+    "<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "</pre></body><h1>x",
+    "<svg/onload=document.title='owned'>", "javascript:alert(1)", "\" onmouseover=\"document.title='owned'",
+    "&lt;b&gt;",
+    "<iframe src=https://example.org></iframe>", "<link rel=stylesheet href=//example.org/x.css>", "{body}{title}",
+    "<style>@import url(//example.org)</style>", "<meta http-equiv=refresh content=0;url=//example.org>", "<!--", "]]>",
+    "\x1b]0;owned\x07\x1b[2J", "\u202eevil", "<base href=//example.org>", "<form action=//example.org><button>",
+]  # fmt: skip
+
+
+def test_what_is_shown_as_trained_is_what_is_trained(work: Path) -> None:
+    located, renderer = prepare.open_renderer(Path("r.yaml"), ())
+    rows = dataset.read_rows(Path("train.jsonl"))
+    for row in rows[:5]:
+        (example,) = renderer.examples(row)
+        found = datashow.pieces(example, renderer)
+        assert [token for piece in found for token in piece.ids] == list(example.ids)
+        marks = [piece.kind in ("trained", "end") for piece in found for _ in piece.ids]
+        assert marks == list(example.supervised)
+        assert found[-1].kind == "end"
+        assert found[-1].text == "<|im_end|>"
+        answer = "".join(piece.text for piece in found if piece.kind == "trained")
+        assert answer == row.conversation[-1].content
+        assert {piece.kind for piece in found if piece.text == "<|im_start|>"} == {"frame"}
+    assert located.recipe.model == "base"
+
+
+def test_characters_of_several_tokens_are_whole(work: Path) -> None:
+    write_rows(Path("train.jsonl"), [chat("日本 é", "한국 🎉")])
+    said = finetune("data", "show", "r.yaml")
+    assert said.code == 0, said.err
+    assert "⟦한국 🎉<|im_end|>⟧" in said.out
+    assert "日本 é" in said.out
+    assert "\ufffd" not in said.out
+    assert re.search(r"train\.jsonl:1: \d+ tokens, \d+ trained", said.out)
+
+
+def test_one_row_can_be_asked_for(work: Path) -> None:
+    said = finetune("data", "show", "r.yaml", "--row", "3")
+    assert "train.jsonl:3:" in said.out
+    assert "train.jsonl:2:" not in said.out
+    said = finetune("data", "show", "r.yaml", "--row", "900")
+    assert (said.code, said.err.count("\n")) == (3, 1)
+    assert "there is no row 900, the file has 20" in said.err
+
+
+def test_text_cannot_steer_the_terminal(work: Path) -> None:
+    write_rows(Path("train.jsonl"), [chat(text, "x") for text in HOSTILE if "\x1b" in text or "\u202e" in text])
+    out = finetune("data", "show", "r.yaml").out
+    assert not re.search("[\x1b\x07\u202e]", out)
+
+
+def hostile_page(folder: Path) -> Path:
+    texts = (HOSTILE * 12)[:200]
+    write_rows(Path("train.jsonl"), [chat(f"{number} {text}", text) for number, text in enumerate(texts)])
+    located, renderer = prepare.open_renderer(Path("r.yaml"), ())
+    rows = prepare.read(located.recipe, ())[0]
+    shown = [(example, datashow.pieces(example, renderer)) for row in rows for example in renderer.examples(row)]
+    (folder / "page.html").write_text(datashow.page("a <b>title</b>", shown))
+    return folder / "page.html"
+
+
+def test_the_page_holds_text_as_text_and_loads_nothing(work: Path) -> None:
+    text = hostile_page(work).read_text()
+    assert "default-src 'none'" in text
+    body = text.partition("</style>")[2]
+    tags = set(re.findall(r"<\s*/?\s*([a-zA-Z!][a-zA-Z0-9]*)", body))
+    assert tags <= {"h1", "h2", "p", "pre", "span", "html"}
+    assert not re.search(r"\s(on\w+|src|href)\s*=", re.sub(r">[^<]*<", "><", body))
+    assert "owned" in re.sub("<[^>]*>", "", body)
+
+
+def browser() -> str | None:
+    return next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine: the page was not opened in a browser")
+def test_in_a_browser_nothing_runs(work: Path) -> None:
+    page = hostile_page(work)
+    command = [
+        str(browser()), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={work / 'profile'}",
+        "--virtual-time-budget=2000", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    assert html.unescape(title[1]) == "a <b>title</b>"
+    assert "<script" not in done.stdout
+    assert "<img" not in done.stdout
+    assert len(re.findall(r"<h2>", done.stdout)) == 200
+
+
+def test_the_command_writes_the_page(work: Path) -> None:
+    said = finetune("data", "show", "r.yaml", "--html", "page.html")
+    assert (said.code, said.out.strip()) == (0, "written: page.html")
+    assert Path("page.html").read_text().count("<h2>") == 8

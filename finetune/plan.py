@@ -18,9 +18,6 @@ from finetune.hardware import Hardware
 from finetune.recipe import Located, Recipe
 from finetune.targets import Target
 
-ORIGINAL_LENGTH = 2048
-"""``seq_length`` of the original Qwen-14B: so far its native form computes the same at any setting."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -93,7 +90,7 @@ def make(
     selection = targets.select(located, shape)
     if recipe.train.max_length > shape.max_positions:
         what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
-        raise RecipeError(what, located.where("train.max_length"), _longer(shape.max_positions, recipe.rope))
+        raise RecipeError(what, located.where("train.max_length"), _longer(shape, recipe.rope))
     compute = compute_dtype(recipe, hardware)
     whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
     trained = selection.trained - selection.whole + whole
@@ -131,10 +128,9 @@ def make(
     )  # fmt: skip
 
 
-def _longer(longest: int, rope: str | None) -> str:
-    if longest == ORIGINAL_LENGTH and rope is None:
-        return f"at most {longest}, or choose what lies beyond for an original Qwen with `rope:`"
-    return f"at most {longest}"
+def _longer(shape: DecoderShape, rope: str | None) -> str:
+    choice = ", or choose what lies beyond with `rope:`" if shape.family == "qwen1" and rope is None else ""
+    return f"at most {shape.max_positions}{choice}"
 
 
 def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:

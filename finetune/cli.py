@@ -102,6 +102,7 @@ def data_check(
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
     format_: Annotated[str, typer.Option("--format", help="layout of a row; auto looks at the columns")] = "auto",
+    fix: Annotated[Path | None, typer.Option("--fix", help="write a repaired copy there, and a log beside it")] = None,
 ) -> None:
     """Find every row that cannot be trained, and what is odd about the others. Exit 3 where there is an error."""
     from finetune import pipeline
@@ -109,6 +110,8 @@ def data_check(
     reports = pipeline.data_check(source, set_ or (), _silent() if as_json else Terminal(), format_)
     if as_json:
         typer.echo(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
+    if fix is not None:
+        pipeline.data_fix(source, fix, _silent() if as_json else Terminal(), format_)
     if any(report["summary"]["errors"] for report in reports):
         raise typer.Exit(_BAD_ROWS)
 

@@ -64,6 +64,15 @@ def data_check(
     return [report.to_dict() for report in reports]
 
 
+def data_fix(source: Path, out: Path, terminal: Terminal, format_name: str = "auto") -> None:
+    """Write a repaired copy of a data file, and a log of each change."""
+    from finetune import datacheck, datafix
+
+    counts = datafix.fix(source, out, format_name, datacheck.CONTROL)
+    terminal.say(f"{out}: " + ", ".join(f"{count} rows {what}" for what, count in counts.items()))
+    terminal.say(f"each change: {out}.log.jsonl")
+
+
 def data_show(
     recipe: Path, overrides: Sequence[str], terminal: Terminal, *, row: int | None, html: Path | None
 ) -> None:

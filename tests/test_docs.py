@@ -65,7 +65,9 @@ def test_commands_exist(document: Path) -> None:
         known = {option for parameter in verbs[verb].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known | {"--help"}, f"finetune {verb} {rest}"
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in re.findall(r"`?make ((?:[a-z][a-z0-9-]* ?)+)", " ".join(re.findall(r"`[^`]+`|^make .*$", text, re.MULTILINE))):
+    for line in re.findall(
+        r"`?make ((?:[a-z][a-z0-9-]* ?)+)", " ".join(re.findall(r"`[^`]+`|^make .*$", text, re.MULTILINE))
+    ):
         assert set(line.split()) <= targets, f"make {line}"
 
 

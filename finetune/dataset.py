@@ -16,7 +16,6 @@ from finetune.records import Record
 
 if TYPE_CHECKING:
     from finetune.conversation import Conversation
-    from finetune.renderer import Renderer
 
 _MOST_FAULTS = 50
 
@@ -68,7 +67,7 @@ def read_rows(path: Path, format_name: str = "auto", special_tokens: Sequence[st
     if not rows and not faults:
         faults.append(Fault("there are no rows in this file", str(path), "give a file with at least one row"))
     if faults:
-        raise _capped(faults)
+        raise capped(faults)
     return rows
 
 
@@ -95,7 +94,8 @@ def conversations(
             yield record, fault
 
 
-def _capped(faults: list[Fault]) -> DataError:
+def capped(faults: list[Fault]) -> DataError:
+    """One error of many rows' faults: the first ones, and how many more there are."""
     shown = faults[:_MOST_FAULTS]
     if len(faults) > _MOST_FAULTS:
         shown.append(Fault(f"and {len(faults) - _MOST_FAULTS} more rows like these"))
@@ -132,27 +132,3 @@ def repeats(rows: Sequence[Row], held: Sequence[Row]) -> list[str]:
 
 def _folded(row: Row) -> tuple[str, ...]:
     return tuple(" ".join(turn.content.split()).casefold() for turn in row.conversation)
-
-
-def render(rows: Sequence[Row], renderer: Renderer, max_length: int) -> list[Example]:
-    """All rows as examples.
-
-    Raises:
-        DataError: rows longer than ``max_length`` (nothing is ever cut silently) or without a supervised token.
-    """
-    examples: list[Example] = []
-    faults: list[Fault] = []
-    for row in rows:
-        try:
-            made = renderer.examples(row)
-        except DataError as error:
-            faults += error.faults
-            continue
-        for example in made:
-            if len(example.ids) > max_length:
-                what = f"{len(example.ids)} tokens, more than train.max_length {max_length}"
-                faults.append(Fault(what, row.where, "raise train.max_length or shorten the row"))
-        examples += made
-    if faults:
-        raise _capped(faults)
-    return examples

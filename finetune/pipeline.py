@@ -77,15 +77,17 @@ def data_show(
     recipe: Path, overrides: Sequence[str], terminal: Terminal, *, row: int | None, html: Path | None
 ) -> None:
     """Exactly what will be trained, token by token: in the terminal, or as one page."""
-    from finetune import dataset, datashow
+    from finetune import datashow, window
 
     located, renderer = prepare.open_renderer(recipe, overrides)
     rows = prepare.read(located.recipe, prepare.special_tokens(renderer))[0]
     chosen = rows[:_SHOWN_ROWS] if row is None else rows[row - 1 : row]
     if not chosen:
         raise DataError(f"there is no row {row}, the file has {len(rows)}", located.recipe.data.train_path)
-    examples = dataset.render(chosen, renderer, located.recipe.train.max_length)
-    shown = [(example, datashow.pieces(example, renderer)) for example in examples]
+    fitted = window.fit(chosen, renderer, located.recipe.train.max_length, located.recipe.data.over_length)
+    for note in fitted.notes("those shown"):
+        terminal.say(note)
+    shown = [(example, datashow.pieces(example, renderer)) for example in fitted.examples]
     if html is not None:
         write_atomic(html, datashow.page(located.recipe.data.train_path, shown).encode())
         terminal.say(f"written: {html}")

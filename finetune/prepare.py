@@ -22,6 +22,7 @@ from finetune import (
     recipe,
     source,
     tokenizer,
+    window,
 )
 from finetune.base import Base, inspect
 from finetune.budget import Load
@@ -34,6 +35,7 @@ from finetune.plan import Plan
 from finetune.recipe import Located, Recipe
 from finetune.renderer import Renderer
 from finetune.runfolder import RunFolder
+from finetune.window import Fitted, Named
 
 _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json says how far it reaches"
 
@@ -49,6 +51,7 @@ class Prepared:
     commit: str | None
     examples: tuple[Example, ...]
     held_out: HeldOut | None
+    named: tuple[Named, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -74,14 +77,20 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True,
     renderer = Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
     rows, held = read(located.recipe, special_tokens(renderer))
     longest = located.recipe.train.max_length
-    examples = tuple(dataset.render(rows, renderer, longest))
-    held_out = held_out_rows(held, renderer, longest) if held else None
+    policy = located.recipe.data.over_length
+    fitted = window.fit(rows, renderer, longest, policy)
+    judged = window.fit(held, renderer, longest, policy)
+    examples = fitted.examples
+    held_out = _held_out(judged, renderer) if held else None
     _refuse_long_answers(located, base, held_out)
     rows_trained = control_tokens.resolve(located, base, renderer)
     load = _load(located.recipe, examples, held_out)
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
-        notes=[*found.notes, *base.notes, *rows_trained.notes, *dataset.repeats(rows, held)],
+        notes=[
+            *found.notes, *base.notes, *rows_trained.notes, *dataset.repeats(rows, held),
+            *fitted.notes("data.train_path"), *judged.notes("data.eval_path"),
+        ],
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
@@ -89,7 +98,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True,
         raise EnvironmentFault(what, made.output, "free some space, or lower train.keep_last")
     return Prepared(
         located=located, hardware=machine, base=base, plan=made, commit=found.commit, examples=examples,
-        held_out=held_out,
+        held_out=held_out, named=(*fitted.named, *judged.named),
     )  # fmt: skip
 
 
@@ -203,9 +212,8 @@ def read(recipe: Recipe, specials: Sequence[str]) -> tuple[list[Row], list[Row]]
     return rows, held[: recipe.evaluate.rows]
 
 
-def held_out_rows(rows: Sequence[Row], renderer: Renderer, max_length: int) -> HeldOut:
-    examples = dataset.render(rows, renderer, max_length)
-    return HeldOut(examples=tuple(examples), questions=tuple(renderer.question(row) for row in rows))
+def _held_out(judged: Fitted, renderer: Renderer) -> HeldOut:
+    return HeldOut(examples=judged.examples, questions=tuple(renderer.question(row) for row in judged.rows))
 
 
 def _load(recipe: Recipe, examples: Sequence[Example], held_out: HeldOut | None) -> Load:

@@ -50,6 +50,10 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def named_rows(self) -> Path:
+        return self.root / "rows.jsonl"
+
+    @property
     def scores(self) -> Path:
         return self.root / "scores.json"
 

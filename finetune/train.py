@@ -67,6 +67,9 @@ def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
             return run.folder
         write_atomic(run.folder.recipe, yamlfile.dump(prepared.recipe.to_yaml_dict()).encode())
         write_json(run.folder.plan, prepared.plan.to_dict())
+        named = "".join(json.dumps(one.to_dict(), ensure_ascii=False) + "\n" for one in prepared.named)
+        if named:
+            write_atomic(run.folder.named_rows, named.encode())
         config = dict(run.identity.recipe)
         session = devices.start(
             prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, prepared.plan.device

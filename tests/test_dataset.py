@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune import base as bases
-from finetune import conversation, dataset, layouts, prepare
+from finetune import conversation, dataset, layouts, prepare, window
 from finetune.conversation import Conversation, Turn
 from finetune.dataset import Example, Row
 from finetune.errors import DataError
@@ -173,10 +173,10 @@ def test_rows_that_are_too_long_are_named_and_none_is_cut(renderer: Renderer) ->
     lengths = {row.where: len(renderer.examples(row)[0].ids) for row in rows}
     limit = lengths["f:40"]
     with pytest.raises(DataError) as caught:
-        dataset.render(rows, renderer, limit)
+        window.fit(rows, renderer, limit)
     assert [fault.where for fault in caught.value.faults] == [f"f:{n}" for n in range(41, 60)]
     assert f"{limit + 1} tokens, more than train.max_length {limit}" in caught.value.faults[0].what
-    kept = dataset.render(rows[:40], renderer, limit)
+    kept = window.fit(rows[:40], renderer, limit).examples
     assert [len(example.ids) for example in kept] == [lengths[row.where] for row in rows[:40]]
 
 
@@ -197,7 +197,7 @@ def test_a_template_that_cannot_be_trained_on_is_refused(tiny_base: Path, templa
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=what) as caught:
-        dataset.render([Row(conversation=(Turn("user", "a"), Turn("assistant", "b")), where="f:7")],
+        window.fit([Row(conversation=(Turn("user", "a"), Turn("assistant", "b")), where="f:7")],
                        Renderer(tokenizer, "<|im_end|>"), 100)  # fmt: skip
     assert caught.value.faults[0].where == "f:7"
 
@@ -217,7 +217,7 @@ def test_special_tokens_in_a_text_are_refused(renderer: Renderer, tmp_path: Path
 def test_the_sample_of_each_format_is_read(name: str, samples: Path, renderer: Renderer) -> None:
     rows = dataset.read_rows(samples / f"{name}.jsonl")
     assert rows == dataset.read_rows(samples / f"{name}.jsonl", name)
-    assert dataset.render(rows, renderer, 1024)
+    assert window.fit(rows, renderer, 1024).examples
 
 
 def _rows(count: int) -> list[Row]:

@@ -18,8 +18,8 @@ ROAD = [
     "certify", "finished", "convert", "adapter_layout", "adapter_file", "dashboard", "train", "run", "prepare",
     "source", "datafix", "datashow", "datacheck", "report", "plan", "targets", "budget", "merge", "proof", "scores",
     "evaluate", "metrics", "devices", "loop", "checkpoint", "model", "loading", "control_tokens", "tokenizer",
-    "renderer", "dataset", "records", "layouts", "pickles", "unpickle", "shards", "base", "tokens", "tiktoken_file",
-    "fetch", "headers", "identity", "hardware",
+    "window", "renderer", "dataset", "records", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
+    "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "objectives", "kernels", "recipe", "known_models"]
 GROUND = ["interrupts", "terminal", "schedule", "decoder", "conversation", "manifest", "runfolder", "errors"]

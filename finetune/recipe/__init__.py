@@ -64,6 +64,10 @@ class Data(_Section):
     format: Literal["auto", "chat", "completion", "alpaca", "sharegpt"] = Field(
         default="auto", description="layout of a row; auto looks at the columns"
     )
+    over_length: Literal["error", "drop", "truncate_turns", "split"] = Field(
+        default="error",
+        description="rows longer than train.max_length: refused, left out, cut by whole turns from the front, or split",
+    )
 
 
 class Train(_Section):

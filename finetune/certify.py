@@ -66,7 +66,7 @@ def _write_merged(this: Run, folding: FoldPlan, weights: Any, to: tuple[Path, st
     out, layout = to
     for line in folding.lines():
         terminal.say(line)
-    layouts.write(this.base, out, layout)
+    layouts.write(this.base, out, layout, trained=True)
     merge.apply(folding, this.base, weights, out, layout, Progress(terminal, "folding tensor"))
     return sum(bool(fold.lora_a or fold.replacement or fold.rows) for fold in folding.folds.values())
 

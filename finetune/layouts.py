@@ -27,14 +27,16 @@ _NOT_COPIED = {"digests.json", "README.md", "manifest.json", "finetune.json", "c
 _ORIGINAL_ONLY = {VOCABULARY, "tokenizer_config.json"}
 
 
-def write(base: Base, out: Path, layout: str) -> None:
-    """Everything of a model folder but its weights and its card.
+def write(base: Base, out: Path, layout: str, *, trained: bool = False) -> None:
+    """Everything of a model folder but its weights and its card. ``trained``: the model has learned its template.
 
     Raises:
         ModelError: the folder was never in the original layout.
     """
     if layout == "original":
         _write_original(base, out)
+        if trained:
+            _say_chat(out)
     else:
         _write_native(base, out)
 
@@ -142,6 +144,14 @@ def _write_original(base: Base, out: Path) -> None:
     changed = qwen1.original_config(base.origin, base.config.get(qwen1.RECORD))
     config = (source / "config.json").read_bytes() if changed == base.origin else json_bytes(changed)
     write_synced(out / "config.json", config)
+
+
+def _say_chat(out: Path) -> None:
+    """The original's own code answers in turns only where its generation config says so; a base's does not."""
+    stored = read_json(out / "generation_config.json")
+    stored = stored if isinstance(stored, dict) else {}
+    if stored.get("chat_format") != "chatml":
+        write_synced(out / "generation_config.json", json_bytes(stored | {"chat_format": "chatml"}))
 
 
 def _small_files(folder: Path) -> list[Path]:

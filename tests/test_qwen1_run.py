@@ -82,6 +82,14 @@ def test_trained_merged_and_proven_in_either_layout(original: Path) -> None:
     assert "something is there already" in said.err
 
 
+def test_a_base_that_learned_turns_says_so_in_the_original_layout(original: Path) -> None:
+    path = Path("base/generation_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_format": "raw"}))
+    assert runs.train("train.steps=1", "evaluate.metrics=[loss]").code == 0
+    assert runs.merge_run("--layout", "original").code == 0
+    assert json.loads((MERGED / "generation_config.json").read_text())["chat_format"] == "chatml"
+
+
 def test_interrupted_and_resumed_to_the_same_bits(original: Path) -> None:
     assert runs.train("train.steps=4", "evaluate.metrics=[loss]", "output=runs/whole").code == 0
     assert runs.train("train.steps=2", "evaluate.metrics=[loss]").code == 0

@@ -184,9 +184,8 @@ def _text_warnings(conversation: Conversation) -> Iterator[RowFault]:
 
 def _repeats(conversation: Conversation, number: int, seen: Seen, trained: Seen | None) -> Iterator[RowFault]:
     """Rows that were met before, in this file or among those that are trained."""
-    texts = [f"{turn.role}\0{turn.content}" for turn in conversation]
-    exact = _digest(texts)
-    folded = _digest(" ".join(text.split()).casefold() for text in texts)
+    exact = _digest(f"{turn.role}\0{turn.content}" for turn in conversation)
+    folded = _digest(f"{turn.role}\0{' '.join(turn.content.split()).casefold()}" for turn in conversation)
     if exact in seen.exact:
         yield RowFault("", f"is row {seen.exact[exact]} again", "drop one", code="duplicate")
     elif folded in seen.folded:

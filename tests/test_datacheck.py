@@ -13,6 +13,7 @@ import pytest
 
 from finetune import datacheck, records
 from finetune.errors import DataError
+from tests.conftest import ROOT
 from tests.runs import chat, finetune, write_rows
 
 GOOD = json.dumps(chat("a", "b"))
@@ -26,58 +27,45 @@ def codes(path: Path, **settings: Any) -> dict[str, int]:
     return dict(report(path, **settings).counts)
 
 
-def message(*turns: Any) -> str:
-    return json.dumps({"messages": list(turns)})
+FOLDER = ROOT / "data" / "bad"
+EXPECTED: dict[str, dict[str, Any]] = json.loads((FOLDER / "expected.json").read_text())
+WARNINGS = {"duplicate", "near_duplicate", "secret", "personal_data", "mojibake"}
 
 
-USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-BAD: dict[str, tuple[str, str]] = {
-    "broken": ('{"messages": [', "broken_json"),
-    "twice a key": ('{"messages": [], "messages": []}', "duplicate_key"),
-    "a number": ("7", "not_an_object"),
-    "NaN": ('{"messages": NaN}', "not_a_number"),
-    "huge number": ('{"messages": ' + "9" * 5000 + "}", "broken_json"),
-    "other columns": ('{"input": 1}', "missing_column"),
-    "no turns": (message(), "no_turns"),
-    "null": (message(USER, ANSWER | {"content": None}), "null_content"),
-    "int": (message(USER, ANSWER | {"content": 3}), "wrong_type"),
-    "picture": (message(USER, ANSWER | {"content": [{"type": "image"}]}), "not_text"),
-    "role": (message(USER, ANSWER | {"role": "asistant"}), "unknown_role"),
-    "no assistant": (message(USER), "no_assistant"),
-    "empty answer": (message(USER, ANSWER | {"content": " "}), "empty_answer"),
-    "two users": (message(USER, USER, ANSWER), "turn_order"),
-    "assistant first": (message(ANSWER, USER, ANSWER), "turn_order"),
-    "unanswered": (message(USER, ANSWER, USER), "unanswered"),
-    "weights": (message(USER, ANSWER | {"weight": 0}), "nothing_trained"),
-    "weight": (message(USER, ANSWER | {"weight": 0.5}), "bad_weight"),
-    "tools": (message(USER, ANSWER | {"tool_calls": [1]}), "tool_calls"),
-    "thinking": (message(USER, ANSWER | {"reasoning": "x"}), "unread_column"),
-    "NUL": (message(USER, ANSWER | {"content": "a\0b"}), "nul"),
-    "half a pair": (message(USER, ANSWER | {"content": "\ud800"}), "lone_surrogate"),
-    "injection": (message(USER | {"content": "<|im_end|>"}, ANSWER), "special_token"),
-}
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_fault_has_its_code_and_place(name: str) -> None:
+    wanted, path = EXPECTED[name], FOLDER / name
+    said = finetune("data", "check", str(path), "--json")
+    if wanted["code"] is None:  # a fault of the whole file
+        assert said.code == 3
+        assert (said.err.count("\n") == 1) or json.loads(said.out)["summary"]["codes"] == {"empty_file": 1}
+        return
+    severity = "warning" if wanted["code"] in WARNINGS else "error"
+    assert said.code == (0 if severity == "warning" else 3)
+    (finding,) = json.loads(said.out)["findings"]
+    place = f"{path}:{wanted['line']}"  # a blank line is no row
+    assert (finding["row"], finding["where"], finding["severity"]) == (wanted["row"], place, severity)
+    assert finding["code"] == wanted["code"]
+    assert finding["message"]
+    assert finding["fix"]
 
 
-@pytest.mark.parametrize(("row", "code"), BAD.values(), ids=BAD)
-def test_each_fault_has_its_code_and_place(row: str, code: str, tmp_path: Path) -> None:
+def test_the_files_of_faults_are_what_their_script_makes(script: Any) -> None:
+    made = script("data/bad/make.py")
+    assert set(EXPECTED) == {f"{name}.jsonl" for name in made.ROWS} | set(made.FILES)
+    for name, (text, code) in made.ROWS.items():
+        assert text in (FOLDER / f"{name}.jsonl").read_text()
+        assert EXPECTED[f"{name}.jsonl"]["code"] == code
+
+
+def test_every_fault_of_a_file_comes_at_once(tmp_path: Path, script: Any) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text(f"{GOOD}\n\n{row}\n{json.dumps(chat('c', 'd'))}\n")
-    found = report(path)
-    assert [finding.code for finding in found.findings] == [code]
-    (finding,) = found.findings
-    assert (finding.row, finding.where, finding.severity) == (2, f"{path}:3", "error")  # a blank line is no row
-    assert finding.message
-    assert finding.fix
-    assert (found.rows, found.trainable) == (3, 2)
-
-
-def test_every_fault_of_a_file_comes_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text("\n".join([GOOD, *(row for row, _ in BAD.values()), *["{"] * 100]))
+    rows = [text for text, code in script("data/bad/make.py").ROWS.values() if code not in WARNINGS]
+    path.write_text("\n".join([GOOD, *rows, *["{"] * 100]))
     said = finetune("data", "check", str(path), "--json")
     assert said.code == 3
     told = json.loads(said.out)
-    assert told["summary"]["errors"] == len(told["findings"]) == len(BAD) + 100
+    assert told["summary"]["errors"] == len(told["findings"]) == len(rows) + 100
     assert told["summary"]["codes"]["broken_json"] == 102
     printed = finetune("data", "check", str(path))
     assert printed.code == 3

@@ -74,7 +74,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True,
     if found is None:
         return _by_numbers(located, machine, must_fit=card is not None)
     base = _inspect(located, found.folder)
-    renderer = Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
+    renderer = _renderer(located, base)
     rows, held = read(located.recipe, special_tokens(renderer))
     longest = located.recipe.train.max_length
     policy = located.recipe.data.over_length
@@ -100,6 +100,12 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True,
         located=located, hardware=machine, base=base, plan=made, commit=found.commit, examples=examples,
         held_out=held_out, named=(*fitted.named, *judged.named),
     )  # fmt: skip
+
+
+def _renderer(located: Located, base: Base) -> Renderer:
+    return Renderer(
+        tokenizer.of(base), base.stop_token, piecewise=base.piecewise, train_on=located.recipe.data.train_on
+    )
 
 
 def _refuse_place(located: Located) -> None:
@@ -169,7 +175,7 @@ def check_data(path: Path, overrides: Sequence[str], progress: Callable[[Path, i
     render = None
     if found is not None:
         base = _inspect(located, found.folder)
-        renderer = Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
+        renderer = _renderer(located, base)
         specials, render = special_tokens(renderer), (renderer, chosen.train.max_length)
     reports = []
     trained = None
@@ -193,7 +199,7 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
         fix = "fetch it: the tokenizer decides what is trained"
         raise ModelError("the model is not on this disk", located.recipe.model, fix)
     base = _inspect(located, found.folder)
-    return located, Renderer(tokenizer.of(base), base.stop_token, piecewise=base.piecewise)
+    return located, _renderer(located, base)
 
 
 def special_tokens(renderer: Renderer) -> list[str]:

@@ -26,12 +26,21 @@ class Renderer:
     """Turns conversations into ids with one tokenizer and its own chat template.
 
     ``piecewise``: a content's ids do not depend on what stands before it, as the original Qwen's chat encoding has it.
+    ``train_on``: what is supervised, every assistant turn, the last one, or all of the row.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token: str, *, piecewise: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token: str,
+        *,
+        piecewise: bool = False,
+        train_on: str = "assistant",
+    ) -> None:
         self.tokenizer = tokenizer
         self.stop_token = stop_token
         self.piecewise = piecewise
+        self.train_on = train_on
 
     def text(self, turns: Conversation, where: str, *, prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -82,14 +91,21 @@ class Renderer:
         text contains every prompt; the row then gives one sample per answer, each with the prompt it will really have.
         """
         answers = [i for i, turn in enumerate(row.conversation) if turn.role == "assistant" and turn.train]
+        if self.train_on == "last":
+            answers = answers[-1:]
         pieces = [self._answer(row, index) for index in answers]
         whole = self._joined(row, pieces)
-        if whole is not None:
-            return [whole]
-        return [
-            Example(ids=prompt + answer, supervised=(False,) * len(prompt) + (True,) * len(answer), where=row.where)
-            for _, prompt, answer in pieces
-        ]
+        made = (
+            [whole]
+            if whole is not None
+            else [
+                Example(ids=prompt + answer, supervised=(False,) * len(prompt) + (True,) * len(answer), where=row.where)
+                for _, prompt, answer in pieces
+            ]
+        )
+        if self.train_on == "all":  # but the first token, which nothing precedes
+            return [replace(one, supervised=(False, *(True,) * (len(one.ids) - 1))) for one in made]
+        return made
 
     def _answer(self, row: Row, index: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """(prompt's text, prompt's ids, answer's ids up to and with the stop token) of the turn at ``index``."""

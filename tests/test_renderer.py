@@ -95,3 +95,35 @@ def build(tiny_base: Path) -> Callable[..., Renderer]:
         return Renderer(found, "<|im_end|>", piecewise=True)
 
     return made
+
+
+THREE = tuple(
+    Turn(role=role, content=text)
+    for role, text in (
+        ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q3"), ("assistant", "a3"),
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("train_on", "wanted"),
+    [("assistant", "a1<|im_end|>a2<|im_end|>a3<|im_end|>"), ("last", "a3<|im_end|>"), ("all", None)],
+)
+def test_what_is_in_the_loss_is_what_the_recipe_says(tokenizer: Any, train_on: str, wanted: str | None) -> None:
+    renderer = Renderer(tokenizer, "<|im_end|>", train_on=train_on)
+    (example,) = renderer.examples(Row(conversation=THREE, where="x:1"))
+    trained = [token for token, supervised in zip(example.ids, example.supervised, strict=True) if supervised]
+    if wanted is None:
+        assert trained == list(example.ids[1:])
+    else:
+        assert tokenizer.decode(trained) == wanted
+    assert tokenizer.decode(example.ids).count("q") >= 3
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_an_answer_of_weight_nought_stays_context(tokenizer: Any, train_on: str) -> None:
+    turns = (*THREE[:5], Turn(role="assistant", content="a3", train=False))
+    (example,) = Renderer(tokenizer, "<|im_end|>", train_on=train_on).examples(Row(conversation=turns, where="x:1"))
+    trained = [token for token, supervised in zip(example.ids, example.supervised, strict=True) if supervised]
+    assert tokenizer.decode(trained).endswith("a2<|im_end|>")
+    assert "a3" not in tokenizer.decode(trained)

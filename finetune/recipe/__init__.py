@@ -64,6 +64,10 @@ class Data(_Section):
     format: Literal["auto", "chat", "completion", "alpaca", "sharegpt"] = Field(
         default="auto", description="layout of a row; auto looks at the columns"
     )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant",
+        description="what is in the loss: every assistant turn, the last one of a row, or every token of it",
+    )
     over_length: Literal["error", "drop", "truncate_turns", "split"] = Field(
         default="error",
         description="rows longer than train.max_length: refused, left out, cut by whole turns from the front, or split",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from finetune.decoder import DecoderShape
 from finetune.hardware import Hardware
 from finetune.recipe import Recipe
+from finetune.schedule import Part
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
@@ -45,10 +46,14 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What goes through the model: the samples' lengths and how many of their tokens are supervised."""
+    """What goes through the model: the samples' lengths and how many of their tokens are supervised, by sample.
+
+    ``parts``: whose samples they are, in that order.
+    """
 
     lengths: Sequence[int]
     supervised: Sequence[int]
+    parts: Sequence[Part] = ()
     evaluated_tokens: int
     generated_rows: int
 

@@ -30,7 +30,7 @@ def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: 
     needed = bases.stored_bytes(prepared.base.tensors)
     _check_room(out, needed)
     this, policy = finished.live(prepared, files, terminal)
-    rows = prepared.held_out.examples if prepared.held_out else prepared.examples
+    rows = prepared.held_out.examples if prepared.held_out else this.samples
     expected = proof.distributions(policy, rows)
     del policy
     gc.collect()

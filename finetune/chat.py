@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import manifest
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.errors import ModelError
 from finetune.model import Policy
 from finetune.terminal import Terminal, clean
@@ -50,7 +50,7 @@ def talk(folder: Path, terminal: Terminal, max_new_tokens: int = 256) -> None:
             turns = ()
             continue
         turns = (*turns, Turn(role="user", content=line.strip()))
-        prompt = policy.renderer.prompt(turns)
+        prompt = policy.renderer.prompt(Conversation(turns))
         room = policy.positions - len(prompt)
         if room < 1:
             terminal.say(f"this conversation has outgrown the model's {policy.positions} positions: it starts anew")

@@ -123,13 +123,16 @@ def data_show(
     row: Annotated[
         int | None, typer.Option("--row", help="one training row, from 1; else the first ones", min=1)
     ] = None,
+    step: Annotated[int | None, typer.Option("--step", help="the micro-batches of one step, from 1", min=1)] = None,
     html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page instead")] = None,
 ) -> None:
     """Show exactly what the model will see, token by token: what is trained, what is only read, where it ends."""
+    if row is not None and step is not None:
+        raise typer.BadParameter("give --row or --step", param_hint="--step")
     _check_recipe(recipe, set_)
     from finetune import pipeline
 
-    pipeline.data_show(recipe, set_ or (), Terminal(), row=row, html=html)
+    pipeline.data_show(recipe, set_ or (), Terminal(), row=row, step=step, html=html)
 
 
 @app.command(name="eval")

@@ -92,10 +92,10 @@ def _id_of(name: str, renderer: Renderer, where: str) -> int:
 
 def template_tokens(renderer: Renderer) -> dict[str, int]:
     """The control tokens that a conversation is framed with, by name."""
-    from finetune.conversation import Turn
+    from finetune.conversation import Conversation, Turn
 
     special = renderer.tokenizer.added_tokens_decoder
-    frame = renderer.prompt((Turn(role="user", content="x"),)) + renderer.encode(renderer.stop_token)
+    frame = renderer.prompt(Conversation((Turn(role="user", content="x"),))) + renderer.encode(renderer.stop_token)
     return {special[token].content: token for token in dict.fromkeys(frame) if token in special}
 
 

@@ -6,11 +6,15 @@ A fault here knows the row's column but not the file or the line; whoever reads 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+TEXT = "text"
+"""The role of plain text: one turn that stands alone, outside any template."""
 # Which roles may come next. A tool's answer belongs to the assistant that asked, and the assistant goes on from it.
 NEXT = {
     "": ("system", "user"),
@@ -29,20 +33,66 @@ SYNONYMS = {
     "function": "tool",
     "observation": "tool",
 }
-TOOL_CALLS = "tool calls are not trained yet"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant calls, with its arguments by name."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Turn:
-    """What one side says; ``train`` is False where an assistant's words are context only."""
+    """What one side says. ``weight`` scales an assistant turn's tokens in the loss; 0 makes it context only.
+
+    ``thinking`` is reasoning that the row keeps beside the content; ``calls`` are the tools that the turn asks for.
+    """
 
     role: str
     content: str
-    train: bool = True
+    weight: float = 1.0
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def answers(self) -> bool:
+        """Whether the turn is in the loss."""
+        return self.role in ("assistant", TEXT) and self.weight > 0
 
 
-Conversation = tuple[Turn, ...]
+@dataclass(frozen=True)
+class Conversation:
+    """What a row says. ``tools``: JSON descriptions of the functions that may be called.
+
+    A preference row has the same beginning with another ending as ``rejected``; a KTO row says with ``label`` whether
+    its ending is wanted.
+    """
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    rejected: tuple[Turn, ...] = ()
+    label: bool | None = None
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the row judges answers instead of showing one."""
+        return bool(self.rejected) or self.label is not None
+
+    def endings(self) -> tuple[tuple[Turn, ...], ...]:
+        """The turns, and those of a preference row's other ending."""
+        return (self.turns, self.rejected) if self.rejected else (self.turns,)
+
+    def upto(self, end: int) -> Conversation:
+        """Its first ``end`` turns."""
+        return replace(self, turns=self.turns[:end])
+
+
+def as_context(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The same turns with no answer in the loss."""
+    return tuple(replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in turns)
 
 
 class RowFault(Exception):  # noqa: N818 - it becomes a Fault of a DataError once file and line are known
@@ -109,75 +159,105 @@ def role_of(value: object, column: str, legal: Mapping[str, str] | None = None) 
     return words[value]
 
 
-def check(conversation: Conversation, special_tokens: Collection[str] = ()) -> None:
+def check(conversation: Conversation, special_tokens: Collection[str] = (), literals: Collection[str] = ()) -> None:
     """Raise RowFault on the first thing that would train something other than what the row means.
 
     ``special_tokens`` are the tokenizer's own: as text inside a content they would become control tokens, and a
-    user's words could then open a turn of another role.
+    user's words could then open a turn of another role. ``literals`` are those that a content may hold as mere text.
     """
-    for number, turn in enumerate(conversation, 1):
-        if turn.role not in ROLES:
-            raise RowFault(
-                f"turn {number}",
-                f"unknown role {shown(turn.role)}",
-                nearest(str(turn.role), ROLES),
-                code="unknown_role",
-            )
-        _check_content(turn, f"turn {number} ({turn.role})", special_tokens)
-    _check_order(conversation)
+    allowed = tuple(token for token in special_tokens if token not in literals)
+    turns = conversation.turns
+    for number, turn in enumerate(turns, 1):
+        if turn.role not in ROLES and (turn.role != TEXT or len(turns) > 1):
+            what = f"unknown role {shown(turn.role)}"
+            raise RowFault(f"turn {number}", what, nearest(str(turn.role), ROLES), code="unknown_role")
+        _check_turn(turn, f"turn {number} ({turn.role})", allowed, special_tokens)
+    _check_order(turns)
+    if conversation.rejected:
+        _check_rejected(conversation, allowed, special_tokens)
+    for index, tool in enumerate(conversation.tools):
+        for text in _strings(tool):
+            _check_text(text, f"tools[{index}]", special_tokens)
 
 
-def _check_content(turn: Turn, place: str, special_tokens: Collection[str]) -> None:
+def _check_rejected(conversation: Conversation, special_tokens: Collection[str], everywhere: Collection[str]) -> None:
+    """The other ending must be a conversation too, and another one."""
+    if conversation.rejected == conversation.turns:
+        what = "is the chosen answer too: there is nothing to prefer"
+        raise RowFault("rejected", what, "drop the row", code="same_answers")
+    for number, turn in enumerate(conversation.rejected, 1):
+        _check_turn(turn, f"rejected turn {number} ({turn.role})", special_tokens, everywhere)
+    _check_order(conversation.rejected)
+
+
+def _check_turn(turn: Turn, place: str, special_tokens: Collection[str], everywhere: Collection[str]) -> None:
+    """``everywhere``: texts that its tool calls must not hold either."""
     content: object = turn.content  # a caller may have got past the type
     if not isinstance(content, str):
         text_of(content, place)
         raise RowFault(place, "content is a list of parts", "read it with text_of first", code="wrong_type")
-    if "\0" in content:
-        raise RowFault(
-            place, f"has a NUL character at {content.index(chr(0))}", "remove it; the file may be damaged", code="nul"
-        )
-    if found := LONE_SURROGATE.search(content):
+    _check_text(content, place, special_tokens)
+    if turn.thinking:
+        _check_text(turn.thinking, f"{place} thinking", special_tokens)
+    for call in turn.calls:
+        for text in (call.name, *_strings(call.arguments)):
+            _check_text(text, f"{place} tool call", everywhere)
+    if turn.role in ("assistant", TEXT) and not turn.calls and not content.strip():
+        fix = "the model would learn to say nothing; drop the row or answer it"
+        raise RowFault(place, "the answer is empty", fix, code="empty_answer")
+
+
+def _check_text(text: str, place: str, special_tokens: Collection[str]) -> None:
+    if "\0" in text:
+        what = f"has a NUL character at {text.index(chr(0))}"
+        raise RowFault(place, what, "remove it; the file may be damaged", code="nul")
+    if not text.isascii() and (found := LONE_SURROGATE.search(text)):
         what = f"has half a surrogate pair ({shown(found.group())}) at {found.start()}"
         raise RowFault(place, what, "it is no text; write the whole character", code="lone_surrogate")
-    for token in special_tokens:
-        if token and token in content:
-            what = f"holds the special token {token!r} as text at {content.index(token)}"
-            raise RowFault(
-                place, what, "it would act as a control token; remove it or spell it differently", code="special_token"
-            )
-    if turn.role == "assistant" and not content.strip():
-        raise RowFault(
-            place,
-            "the answer is empty",
-            "the model would learn to say nothing; drop the row or answer it",
-            code="empty_answer",
-        )
+    if special_tokens and (token := _any_of(tuple(special_tokens)).search(text)):
+        what = f"holds the special token {token.group()!r} as text at {token.start()}"
+        fix = "it would act as a control token; remove it, or declare it in data.literal_tokens"
+        raise RowFault(place, what, fix, code="special_token")
 
 
-def _check_order(conversation: Conversation) -> None:
-    if not any(turn.role == "assistant" for turn in conversation):
-        found = ", ".join(turn.role for turn in conversation) or "no turn at all"
-        raise RowFault(
-            "turns", f"no assistant turn ({found})", "there is nothing to learn; add the answer", code="no_assistant"
-        )
+@functools.lru_cache(maxsize=8)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds any of these texts; nothing where there is none. Longer ones first, so that the whole one is named."""
+    return re.compile("|".join(re.escape(one) for one in sorted(tokens, key=len, reverse=True) if one) or "(?!)")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _check_order(turns: tuple[Turn, ...]) -> None:
+    if len(turns) == 1 and turns[0].role == TEXT:
+        return
+    if not any(turn.role == "assistant" for turn in turns):
+        found = ", ".join(turn.role for turn in turns) or "no turn at all"
+        fix = "there is nothing to learn; add the answer"
+        raise RowFault("turns", f"no assistant turn ({found})", fix, code="no_assistant")
     before = ""
-    for number, turn in enumerate(conversation, 1):
+    for number, turn in enumerate(turns, 1):
         if turn.role not in NEXT[before]:
-            raise RowFault(
-                f"turn {number} ({turn.role})", _misplaced(turn.role, before), _placed(turn.role), code="turn_order"
-            )
+            place = f"turn {number} ({turn.role})"
+            raise RowFault(place, _misplaced(turn.role, before), _placed(turn.role), code="turn_order")
         before = turn.role
     if before != "assistant":
-        raise RowFault(
-            f"turn {len(conversation)} ({before})", "nothing answers it", "drop it or add the answer", code="unanswered"
-        )
-    if not any(turn.role == "assistant" and turn.train for turn in conversation):
-        raise RowFault(
-            "turns",
-            "no assistant turn is trained (all have weight 0)",
-            "drop the row or a weight",
-            code="nothing_trained",
-        )
+        place = f"turn {len(turns)} ({before})"
+        raise RowFault(place, "nothing answers it", "drop it or add the answer", code="unanswered")
+    if not any(turn.answers for turn in turns):
+        what = "no assistant turn is trained (all have weight 0)"
+        raise RowFault("turns", what, "drop the row or a weight", code="nothing_trained")
 
 
 def _misplaced(role: str, before: str) -> str:

@@ -1,32 +1,40 @@
-"""Sources → examples: read rows, understand their format, let the renderer make ids of them, hold rows out.
+"""Sources → rows: where data lies, which format its rows have, and each row as a conversation or as what is wrong.
 
-Every row is kept whole or refused by name.
+A source is a file, a folder, or a data set's id on the hub. Every row is kept whole or refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from finetune import conversation, formats, records
+from finetune import conversation, datafolder, formats, hubdata, records
+from finetune.conversation import Conversation, RowFault, shown
 from finetune.errors import DataError, Fault
+from finetune.recipe import paths
 from finetune.records import Record
-
-if TYPE_CHECKING:
-    from finetune.conversation import Conversation
 
 _MOST_FAULTS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training sample: token ids, which of them are supervised, and where it came from (``file:row``)."""
+    """One training sample: token ids, each one's weight in the loss (0: context), and its place (``file:row``).
+
+    ``apart``: its text in one piece would have other ids.
+    """
 
     ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
+    weights: tuple[float, ...]
     where: str
+    apart: bool = False
+
+    @property
+    def supervised(self) -> tuple[bool, ...]:
+        """Which tokens are in the loss."""
+        return tuple(weight > 0 for weight in self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,89 +54,183 @@ class Row:
     where: str
 
 
-def read_rows(path: Path, format_name: str = "auto", special_tokens: Sequence[str] = ()) -> list[Row]:
-    """Read a JSONL, JSON, CSV or Parquet file.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where rows come from. ``columns``: a format's own column name → the one that the source uses for it.
 
-    Args:
-        format_name: a file of ``formats/``, or ``auto`` to recognise it from the first row.
-        special_tokens: texts that a row's content must not contain (turn injection).
+    ``revision`` is the commit of a data set on the hub; ``share`` of the tokens that this source is to give.
+    """
+
+    path: str
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    share: float | None = None
+
+    @property
+    def on_hub(self) -> bool:
+        return not Path(self.path).exists() and paths.is_data_id(self.path)
+
+    def files(self) -> list[Path]:
+        """The files that hold its rows; none for a data set on the hub. Raises DataError."""
+        path = Path(self.path)
+        if not path.is_dir():
+            return [] if self.on_hub else [path]
+        if datafolder.stored(path):
+            return sorted(file for file in path.rglob("*") if file.is_file())
+        return datafolder.files(path, self.split)
+
+    def records(self) -> Iterator[tuple[str, Record]]:
+        """Every record with its place, ``file:line`` or ``name:row``. Raises DataError."""
+        path = Path(self.path)
+        if self.on_hub or (path.is_dir() and datafolder.stored(path)):
+            rows = (
+                hubdata.stream(self.path, self.split, self.revision, self.subset)
+                if self.on_hub
+                else datafolder.rows(path, self.split)
+            )
+            for number, value in enumerate(rows, 1):
+                yield f"{self.path}:{number}", Record(number=number, place=number, value=value)
+            return
+        before = 0
+        files = self.files()
+        for index, file in enumerate(files):
+            number = 0
+            for record in records.read(file):
+                number = record.number
+                if len(files) > 1:
+                    record = replace(record, number=before + number, done=(index + record.done) / len(files))
+                yield f"{file}:{record.place}", record
+            before += number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """One row as it was read: its number from 1, its place, and its conversation or what is wrong with it.
+
+    ``done``: the share of the source that was read, 0 where that is not known.
+    """
+
+    number: int
+    where: str
+    found: Conversation | RowFault
+    done: float
+
+
+class Reader:
+    """Iterates over a source's rows; the format found in the first one holds for all, ``mapping`` says what it reads.
+
+    ``special_tokens``: texts that no content may hold (turn injection), but for the ``literals``. Raises DataError
+    where the source itself cannot be read.
+    """
+
+    def __init__(self, source: Source, special_tokens: Sequence[str] = (), literals: Sequence[str] = ()) -> None:
+        self.source, self.special_tokens, self.literals = source, tuple(special_tokens), tuple(literals)
+        self.mapping = ""
+        self.format: formats.Format | None = None
+
+    def __iter__(self) -> Iterator[Read]:
+        for where, record in self.source.records():
+            found: Conversation | RowFault
+            try:
+                found = self._conversation(record)
+            except RowFault as fault:
+                found = fault
+            yield Read(number=record.number, where=where, found=found, done=record.done)
+
+    def renamed(self, row: dict[str, object]) -> dict[str, object]:
+        """The row with its columns called as the format calls them."""
+        if not self.source.columns:
+            return row
+        theirs = self.source.columns.values()
+        kept = {name: value for name, value in row.items() if name not in theirs}
+        for ours, name in self.source.columns.items():
+            if name not in row:
+                what = f"is missing (found {', '.join(map(shown, row)) or 'none'})"
+                raise RowFault(name, what, "see data.columns", code="missing_column")
+            kept[ours] = row[name]
+        return kept
+
+    def _conversation(self, record: Record) -> Conversation:
+        if record.value is None:
+            assert record.fault is not None
+            raise record.fault
+        row = self.renamed(record.value)
+        if self.format is None:
+            name = formats.detect(row) if self.source.format == "auto" else self.source.format
+            self.format = formats.get(name)
+            self.mapping = formats.mapping(name, row)
+        read = self.format.read(row)
+        conversation.check(read, self.special_tokens, self.literals)
+        return read
+
+
+def read_rows(reader: Reader, wanted: Iterable[int] | None = None) -> list[Row]:
+    """A source's rows in memory, those of the ``wanted`` numbers or all.
 
     Raises:
-        DataError: every row that cannot be used, by number.
+        DataError: every row that cannot be used, by its place.
     """
+    numbers = None if wanted is None else set(wanted)
     rows: list[Row] = []
-    faults: list[Fault] = []
-    for record, read in conversations(path, format_name, special_tokens):
-        where = f"{path}:{record.place}"
-        if isinstance(read, conversation.RowFault):
-            faults.append(Fault(f"{read.column}: {read.what}" if read.column else read.what, where, read.fix))
-        else:
-            rows.append(Row(conversation=read, where=where))
-    if not rows and not faults:
-        faults.append(Fault("there are no rows in this file", str(path), "give a file with at least one row"))
-    if faults:
-        raise capped(faults)
+    faults = Faults(reader.source.path)
+    for read in reader:
+        if isinstance(read.found, RowFault):
+            faults.add(read.where, read.found)
+        elif numbers is None or read.number in numbers:
+            rows.append(Row(conversation=read.found, where=read.where))
+        faults.rows += 1
+    faults.raise_if_any()
     return rows
 
 
-def conversations(
-    path: Path, format_name: str = "auto", special_tokens: Sequence[str] = ()
-) -> Iterator[tuple[Record, Conversation | conversation.RowFault]]:
-    """Each record of a file with its conversation, or with what is wrong with it. The first row's format holds for all.
+class Faults:
+    """Faults of many rows, bounded: the first ones as they are, and how many more there were."""
 
-    Raises:
-        DataError: the file itself cannot be read.
-    """
-    reader = None
-    for record in records.read(path):
-        try:
-            if record.value is None:
-                assert record.fault is not None
-                raise record.fault
-            if reader is None:
-                reader = formats.get(formats.detect(record.value) if format_name == "auto" else format_name)
-            read = reader.read(record.value)
-            conversation.check(read, special_tokens)
-            yield record, read
-        except conversation.RowFault as fault:
-            yield record, fault
+    def __init__(self, place: str) -> None:
+        self.place, self.rows, self.more = place, 0, 0
+        self.first: list[Fault] = []
 
+    def add(self, where: str, fault: RowFault) -> None:
+        self.put(Fault(f"{fault.column}: {fault.what}" if fault.column else fault.what, where, fault.fix))
 
-def capped(faults: list[Fault]) -> DataError:
-    """One error of many rows' faults: the first ones, and how many more there are."""
-    shown = faults[:_MOST_FAULTS]
-    if len(faults) > _MOST_FAULTS:
-        shown.append(Fault(f"and {len(faults) - _MOST_FAULTS} more rows like these"))
-    error = DataError.of(shown)
-    assert isinstance(error, DataError)
-    return error
+    def put(self, fault: Fault) -> None:
+        if len(self.first) < _MOST_FAULTS:
+            self.first.append(fault)
+        else:
+            self.more += 1
+
+    def raise_if_any(self) -> None:
+        """Raises DataError with what was added, or where there was no row at all."""
+        if not self.rows and not self.first:
+            self.put(Fault("there are no rows in this file", self.place, "give a file with at least one row"))
+        if self.first:
+            more = [Fault(f"and {self.more} more rows like these")] if self.more else []
+            raise DataError.of([*self.first, *more])
 
 
-def split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held out): a fixed share of the rows, drawn by the seed."""
+def draw(rows: int, fraction: float, seed: int, place: str) -> set[int]:
+    """The numbers, from 1, of the rows that are held out: a fixed share, drawn by the seed. Raises DataError."""
     import torch
 
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[: max(1, round(fraction * len(rows)))])
-    if len(held) == len(rows):
-        raise DataError(f"{len(rows)} rows leave nothing to train on", rows[0].where, "lower data.eval_fraction")
-    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    held = {index + 1 for index in order[: max(1, round(fraction * rows))]}
+    if len(held) == rows:
+        raise DataError(f"{rows} rows leave nothing to train on", place, "lower data.eval_fraction")
+    return held
 
 
-def repeats(rows: Sequence[Row], held: Sequence[Row]) -> list[str]:
-    """What to say of rows that come twice, white space and case aside: among the training rows, or held out as well."""
-    first: dict[tuple[str, ...], str] = {}
-    said = []
-    for row in rows:
-        first.setdefault(_folded(row), row.where)
-    if len(first) < len(rows):
-        said.append(f"{len(rows) - len(first)} of {len(rows)} training rows repeat an earlier one")
-    known = [row for row in held if _folded(row) in first]
-    if known:
-        what = f"{len(known)} of {len(held)} held-out rows are training rows too, the first is {known[0].where}"
-        said.append(f"{what} ({first[_folded(known[0])]}): scores on them flatter")
-    return said
+def folded(turns: Sequence[conversation.Turn]) -> bytes:
+    """A digest of what the turns say, white space and case aside. → 8 bytes"""
+    text = "\1".join(f"{turn.role}\0{' '.join(turn.content.split()).casefold()}" for turn in turns)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def _folded(row: Row) -> tuple[str, ...]:
-    return tuple(" ".join(turn.content.split()).casefold() for turn in row.conversation)
+Progress = Callable[[str, int, float], None]
+"""Told the source, the rows read so far, and the share of it that they are (0 where that is not known)."""
+
+
+def silent(source: str, rows: int, done: float) -> None:
+    """A progress that says nothing."""

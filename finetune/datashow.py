@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.terminal import clean
 
 if TYPE_CHECKING:
+    from finetune.conversation import Turn
     from finetune.dataset import Example
     from finetune.renderer import Renderer
 
@@ -23,60 +24,102 @@ _STYLES = {"trained": "32", "end": "1;7;32", "frame": "2;36", "read": "2"}
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """Tokens that make whole characters together. ``kind``: trained, end (the trained stop token), frame (other control
-    tokens) or read (context that is not in the loss)."""
+    tokens) or read (context that is not in the loss). ``turn``: whose words they are, or frame; ``weight`` in the loss.
+    """
 
     text: str
     ids: tuple[int, ...]
     kind: str
+    weight: float
+    turn: str = ""
 
 
-def pieces(example: Example, renderer: Renderer) -> list[Piece]:
-    """An example as it will be trained."""
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A sample with its pieces; ``heading`` stands before it (a micro-batch begins), ``note`` says what was cut."""
+
+    example: Example
+    pieces: tuple[Piece, ...]
+    heading: str = ""
+    note: str = ""
+
+    def summary(self) -> str:
+        """Where the row came from, and its counts."""
+        example = self.example
+        text = f"{example.where}: {len(example.ids)} tokens, {sum(example.supervised)} trained"
+        odd = sorted(set(example.weights) - {0.0, 1.0})
+        text += f", weights {', '.join(f'{one:g}' for one in odd)}" if odd else ""
+        return f"{text} ({self.note})" if self.note else text
+
+
+def shown(example: Example, turns: Sequence[Turn], renderer: Renderer, *, heading: str = "", note: str = "") -> Shown:
+    """A sample as it will be trained; ``turns`` are the row's."""
+    return Shown(
+        example=example, pieces=tuple(_attributed(_pieces(example, renderer), turns)), heading=heading, note=note
+    )
+
+
+def _pieces(example: Example, renderer: Renderer) -> list[Piece]:
     tokenizer = renderer.tokenizer
     stop = tokenizer.convert_tokens_to_ids(renderer.stop_token)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     found: list[Piece] = []
     held: list[int] = []
-    for token, supervised in zip(example.ids, example.supervised, strict=True):
+    for token, weight in zip(example.ids, example.weights, strict=True):
         held.append(token)
         text = str(tokenizer.decode(held))
         if "\ufffd" in text and len(held) < 8:  # the first bytes of a character
             continue
-        kind = "trained" if supervised else "read"
+        kind = "trained" if weight > 0 else "read"
         if token in special:
-            kind = "end" if supervised and token == stop else "frame"
-        found.append(Piece(text=text, ids=tuple(held), kind=kind))
+            kind = "end" if weight > 0 and token == stop else "frame"
+        found.append(Piece(text=text, ids=tuple(held), kind=kind, weight=weight))
         held = []
     if held:
-        found.append(Piece(text=str(tokenizer.decode(held)), ids=tuple(held), kind="read"))
+        found.append(Piece(text=str(tokenizer.decode(held)), ids=tuple(held), kind="read", weight=0.0))
     return found
 
 
-def summary(example: Example) -> str:
-    """Where the row came from, and its counts."""
-    return f"{example.where}: {len(example.ids)} tokens, {sum(example.supervised)} trained"
+def _attributed(found: Sequence[Piece], turns: Sequence[Turn]) -> Iterator[Piece]:
+    """Each piece with the turn whose content it stands in; what lies between contents is the template's frame."""
+    text = "".join(piece.text for piece in found)
+    spans, place = [], 0
+    for number, turn in enumerate(turns, 1):
+        words = turn.content.rpartition("</think>")[2].strip()
+        start = text.find(words, place) if words else -1
+        if start >= 0:
+            place = start + len(words)
+            spans.append((start, place, f"turn {number} ({turn.role})"))
+    at = 0
+    for piece in found:
+        end = at + len(piece.text)
+        owner = next((name for low, high, name in spans if low < end and at < high), "frame")
+        yield replace(piece, turn="frame" if piece.kind in ("frame", "end") else owner)
+        at = end
 
 
-def lines(example: Example, found: Sequence[Piece], *, colour: bool) -> Iterator[str]:
+def lines(one: Shown, *, colour: bool) -> Iterator[str]:
     """The row for a terminal; without colour what is trained stands in ⟦brackets⟧."""
-    yield summary(example)
+    if one.heading:
+        yield f"── {one.heading} ──"
+    yield one.summary()
     text = ""
     before = ""
-    for piece in found:
-        shown = _shown(piece.text)
+    for piece in one.pieces:
+        words = _visible(piece.text)
         if colour:
-            text += "\n".join(f"\x1b[{_STYLES[piece.kind]}m{part}\x1b[0m" if part else "" for part in shown.split("\n"))
+            text += "\n".join(f"\x1b[{_STYLES[piece.kind]}m{part}\x1b[0m" if part else "" for part in words.split("\n"))
             continue
         trained = piece.kind in ("trained", "end")
         text += ("⟦" if trained and before not in ("trained", "end") else "") + (
             "⟧" if not trained and before in ("trained", "end") else ""
         )
-        text += shown
+        text += words
         before = piece.kind
     yield from (text + ("⟧" if before in ("trained", "end") else "")).split("\n")
 
 
-def _shown(text: str) -> str:
+def _visible(text: str) -> str:
     """Text with its white space made visible; what could steer a terminal is taken out."""
     parts = text.translate(_VISIBLE).split("\n")
     return "\n".join(clean(part, 100_000) for part in parts)
@@ -96,6 +139,7 @@ body {{ color: #222; background: #fff }}
 pre {{ font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
 pre {{ border: 1px solid #ddd; padding: .8rem }}
 span {{ border-bottom: 1px solid #eee }}
+.batch {{ border-top: 3px double #888; margin-top: 2rem; padding-top: .3rem; font-weight: 600 }}
 .trained {{ background: #d8f5dc }}
 .end {{ background: #2a8f3c; color: #fff }}
 .frame {{ color: #0b6a8a }}
@@ -108,26 +152,26 @@ body {{ color: #ddd; background: #16181a }} pre {{ border-color: #444 }} span {{
 <h1>{title}</h1>
 <p>What the model sees, token by token: <span class="trained">trained</span>,
 <span class="end">the end that it learns</span>, <span class="frame">the template's control tokens</span>,
-<span class="read">read only</span>. Hover shows a token's id.</p>
+<span class="read">read only</span>. Hover shows a token's id, its turn and its weight.</p>
 {body}
 </html>
 """
 
 
-def page(title: str, rows: Sequence[tuple[Example, Sequence[Piece]]]) -> str:
+def page(title: str, rows: Sequence[Shown]) -> str:
     """One self-contained HTML page. Sample text is somebody else's: it is escaped, and the page may load nothing."""
-    body = "\n".join(_section(example, found) for example, found in rows)
-    return _PAGE.format(title=_safe(title), body=body)
+    return _PAGE.format(title=_safe(title), body="\n".join(_section(one) for one in rows))
 
 
-def _section(example: Example, found: Sequence[Piece]) -> str:
-    spans = "".join(_span(piece) for piece in found)
-    return f"<h2>{_safe(summary(example))}</h2>\n<pre>{spans}</pre>"
+def _section(one: Shown) -> str:
+    heading = f'<p class="batch">{_safe(one.heading)}</p>\n' if one.heading else ""
+    spans = "".join(_span(piece) for piece in one.pieces)
+    return f"{heading}<h2>{_safe(one.summary())}</h2>\n<pre>{spans}</pre>"
 
 
 def _span(piece: Piece) -> str:
-    ids = " ".join(map(str, piece.ids))
-    return f'<span class="{piece.kind}" title="{ids}">{_safe(_shown(piece.text))}</span>'
+    what = f"{' '.join(map(str, piece.ids))} · {piece.turn} · weight {piece.weight:g}"
+    return f'<span class="{piece.kind}" title="{_safe(what)}">{_safe(_visible(piece.text))}</span>'
 
 
 def _safe(text: Any) -> str:

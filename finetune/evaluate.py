@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The rows that judge a run, in both forms: as samples (for the loss) and as questions (for answers)."""
+    """The rows that judge a run: as samples (for the loss) and, where answers are asked for, as questions."""
 
     examples: tuple[Example, ...]
     questions: tuple[Question, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are: one may have given several samples."""
+        return len({example.where for example in self.examples})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,7 @@ def judge(
     policy: Policy, held_out: HeldOut, how: How, *, adapter: bool = True, progress: Callable[[str, int, int], None]
 ) -> Judged:
     """Evaluate the policy, or with ``adapter=False`` its bare base. ``progress`` gets (what, done, of)."""
-    scores: dict[str, Any] = {"rows": len(held_out.questions)}
+    scores: dict[str, Any] = {"rows": held_out.rows}
     answers: list[str] = []
     with policy.evaluating(adapter=adapter):
         if "loss" in how.metrics:

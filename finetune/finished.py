@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune import identity, manifest, model, prepare
+from finetune import gather, identity, manifest, model, prepare
 from finetune.errors import DataError, ModelError, RecipeError
 from finetune.model import Policy
 from finetune.prepare import Prepared
@@ -39,8 +39,9 @@ def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
     stored = identity.read(files.identity)
     if prepared.base is None or stored is None or prepared.base.digests() != stored.base:
         raise ModelError("the base is not the one that this run trained on", prepared.recipe.model, "put it back")
-    for path, digest in stored.data.items():
-        if manifest.digest(Path(path)) != digest:
+    now = gather.digests(prepared.recipe)
+    for path in sorted({*stored.data, *now}):
+        if stored.data.get(path) != now.get(path):
             raise DataError("this file is not the one that the run began with", path, "put it back")
     return prepared, files
 

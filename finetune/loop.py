@@ -54,7 +54,7 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """One finished optimizer step. ``step`` counts from 1; ``loss`` is the mean over the step's supervised tokens."""
+    """One finished optimizer step. ``step`` counts from 1; ``loss`` is the weighted mean over its supervised tokens."""
 
     step: int
     loss: float
@@ -136,7 +136,7 @@ def run(
             learning_rate=rate,
             grad_norm=float(norm or 0.0),
             tokens=sum(batch.tokens for batch in batches),
-            supervised=count,
+            supervised=sum(batch.supervised for batch in batches),
             samples=len(rows),
             seconds=time.perf_counter() - began,
             loss_scale=scaler.get_scale() if scaler else None,

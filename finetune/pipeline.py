@@ -6,12 +6,13 @@ is told before they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune import prepare, scores, source
-from finetune.errors import DataError, EnvironmentFault
+from finetune.errors import EnvironmentFault
 from finetune.plan import Plan
 from finetune.report import plan_lines
 from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
@@ -22,7 +23,7 @@ _SHOWN_ROWS = 8
 
 def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan:
     """Check everything and say what a run would do, here or on a card with ``card`` GB."""
-    prepared = prepare.prepare(recipe, overrides, card=card)
+    prepared = prepare.prepare(recipe, overrides, card=card, progress=_reading(terminal, "reading"))
     for line in plan_lines(prepared.plan):
         terminal.say(line)
     return prepared.plan
@@ -30,10 +31,11 @@ def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float
 
 def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False) -> RunFolder:
     """The same checks, then the run: begun, or taken up where it stands."""
-    prepared = prepare.prepare(recipe, overrides)
+    show = _reading(terminal, "reading")
+    prepared = prepare.prepare(recipe, overrides, progress=show)
     if prepared.base is None:
         source.bring(prepared.recipe.model, prepared.recipe.revision, terminal)
-        prepared = prepare.prepare(recipe, overrides)
+        prepared = prepare.prepare(recipe, overrides, progress=show)
     for line in plan_lines(prepared.plan):
         terminal.say(line)
     from finetune import train as training
@@ -48,20 +50,34 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
 def data_check(
     source: Path, overrides: Sequence[str], terminal: Terminal, format_name: str = "auto"
 ) -> list[dict[str, Any]]:
-    """Judge a data file, or the files of a recipe with its model's tokenizer; one report a file."""
+    """Judge a data file or folder, or the data of a recipe with its model's tokenizer; one report a source."""
     from finetune import datacheck
+    from finetune.dataset import Reader, Source
 
-    def show(file: Path, rows: int) -> None:
-        terminal.status(f"checking {file}: {rows:,} rows")
-
+    show = _reading(terminal, "checking")
     if source.suffix in (".yaml", ".yml"):
         reports = prepare.check_data(source, overrides, show)
     else:
-        reports = [datacheck.check(source, format_name, progress=lambda rows: show(source, rows))[0]]
+        reader = Reader(Source(path=str(source), format=format_name), datacheck.CONTROL)
+        reports = [datacheck.check(reader, progress=show)]
     for report in reports:
         for line in report.lines():
             terminal.say(line)
     return [report.to_dict() for report in reports]
+
+
+def _reading(terminal: Terminal, verb: str) -> Callable[[str, int, float], None]:
+    """Shows how far the reading of rows is, at what pace, and when it will end."""
+    began: dict[str, float] = {}
+
+    def show(source: str, rows: int, done: float) -> None:
+        spent = time.monotonic() - began.setdefault(source, time.monotonic())
+        if spent < 1:
+            return
+        eta = f"  ETA {duration(spent / done * (1 - done))}" if 0 < done < 1 else ""
+        terminal.status(f"{verb} {source}: {rows:,} rows, {rows / spent:,.0f} rows/s{eta}")
+
+    return show
 
 
 def data_fix(source: Path, out: Path, terminal: Terminal, format_name: str = "auto") -> None:
@@ -74,26 +90,18 @@ def data_fix(source: Path, out: Path, terminal: Terminal, format_name: str = "au
 
 
 def data_show(
-    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, row: int | None, html: Path | None
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, row: int | None, step: int | None, html: Path | None
 ) -> None:
-    """Exactly what will be trained, token by token: in the terminal, or as one page."""
-    from finetune import datashow, window
+    """Exactly what will be trained, token by token, by row or by step: in the terminal, or as one page."""
+    from finetune import datashow, look
 
-    located, renderer = prepare.open_renderer(recipe, overrides)
-    rows = prepare.read(located.recipe, prepare.special_tokens(renderer))[0]
-    chosen = rows[:_SHOWN_ROWS] if row is None else rows[row - 1 : row]
-    if not chosen:
-        raise DataError(f"there is no row {row}, the file has {len(rows)}", located.recipe.data.train_path)
-    fitted = window.fit(chosen, renderer, located.recipe.train.max_length, located.recipe.data.over_length)
-    for note in fitted.notes("those shown"):
-        terminal.say(note)
-    shown = [(example, datashow.pieces(example, renderer)) for example in fitted.examples]
+    shown = look.step(recipe, overrides, step) if step else look.rows(recipe, overrides, row, _SHOWN_ROWS)
     if html is not None:
-        write_atomic(html, datashow.page(located.recipe.data.train_path, shown).encode())
+        write_atomic(html, datashow.page(str(recipe), shown).encode())
         terminal.say(f"written: {html}")
         return
-    for example, found in shown:
-        for line in datashow.lines(example, found, colour=terminal.out.isatty()):
+    for one in shown:
+        for line in datashow.lines(one, colour=terminal.out.isatty()):
             terminal.say(line)
         terminal.say()
 

@@ -6,6 +6,8 @@ what the run uses, and what a resumed run uses again.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
 from finetune.recipe import Located, Recipe
+from finetune.schedule import Part
 from finetune.targets import Target
 
 
@@ -57,12 +60,31 @@ class Plan:
         return asdict(self) | {"memory": self.budget.total, "trainable_parameters": self.trainable}
 
 
-def course_steps(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+def course_steps(recipe: Recipe, lengths: Sequence[int], parts: Sequence[Part] = ()) -> list[tuple[int, ...]]:
+    """The samples of every step. ``parts``: whose samples they are."""
     train = recipe.train
     return schedule.steps(
         lengths, train.seed, count=train.steps, epochs=train.epochs,
-        examples=train.examples_per_step, tokens=train.tokens_per_step,
+        examples=train.examples_per_step, tokens=train.tokens_per_step, parts=parts,
     )  # fmt: skip
+
+
+def shares(load: Load, chosen: Sequence[int]) -> list[str]:
+    """What each of several sources gives to the course, in words."""
+    if len(load.parts) < 2:
+        return []
+    bounds = list(itertools.accumulate(part.samples for part in load.parts))
+    drawn, tokens = [0] * len(bounds), [0] * len(bounds)
+    for index in chosen:
+        source = bisect.bisect_right(bounds, index)
+        drawn[source] += 1
+        tokens[source] += load.lengths[index]
+    said = []
+    for part, rows, count in zip(load.parts, drawn, tokens, strict=True):
+        asked = "" if part.share is None else f" ({part.share:.1%} asked)"
+        share = count / max(1, sum(tokens))
+        said.append(f"{part.name} gives {share:.1%} of the tokens{asked}: {rows / part.samples:.2f} passes over it")
+    return said
 
 
 def compute_dtype(recipe: Recipe, hardware: Hardware) -> str:
@@ -104,9 +126,10 @@ def make(
         if must_fit:
             raise EnvironmentFault(what, f"memory of {hardware.name}", "lower train.max_length, or use quantize nf4")
         remarks.append(f"does not fit here: {what}")
-    steps = course_steps(recipe, load.lengths) if load else None
+    steps = course_steps(recipe, load.lengths, load.parts) if load else None
     chosen = [index for step in steps for index in step] if steps and load else []
     tokens = sum(load.lengths[i] for i in chosen) if load else None
+    remarks += shares(load, chosen) if load else []
     fields = dict(recipe.adapter.fields)
     if fields.get("target_modules") in (None, "all-linear"):
         fields["target_modules"] = list(LINEARS)

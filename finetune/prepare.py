@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,26 +15,28 @@ from finetune import (
     datacheck,
     dataset,
     devices,
+    gather,
     hardware,
     known_models,
     plan,
     recipe,
     source,
     tokenizer,
-    window,
 )
 from finetune.base import Base, inspect
 from finetune.budget import Load
-from finetune.dataset import Example, Row
+from finetune.dataset import Reader
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.evaluate import HeldOut
+from finetune.gather import Gathered
 from finetune.hardware import Hardware
 from finetune.plan import Plan
 from finetune.recipe import Located, Recipe
 from finetune.renderer import Renderer
 from finetune.runfolder import RunFolder
-from finetune.window import Fitted, Named
+from finetune.store import Samples
+from finetune.window import Named
 
 _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json says how far it reaches"
 
@@ -49,7 +50,7 @@ class Prepared:
     base: Base | None
     plan: Plan
     commit: str | None
-    examples: tuple[Example, ...]
+    samples: Samples | None
     held_out: HeldOut | None
     named: tuple[Named, ...] = ()
 
@@ -58,10 +59,13 @@ class Prepared:
         return self.located.recipe
 
 
-def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True, card: float | None = None) -> Prepared:
+def prepare(
+    path: Path, overrides: Sequence[str] = (), *, training: bool = True, card: float | None = None,
+    progress: dataset.Progress = dataset.silent,
+) -> Prepared:  # fmt: skip
     """Check a recipe with everything it names; and, where it is to be trained, that memory and disk are large enough.
 
-    ``card``: GB of a CUDA card to plan for, instead of this machine.
+    ``card``: GB of a CUDA card to plan for, instead of this machine. ``progress`` is told of rows read.
 
     Raises:
         RecipeError, DataError, ModelError, EnvironmentFault: what is wrong; nothing has been written.
@@ -75,37 +79,37 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, training: bool = True,
         return _by_numbers(located, machine, must_fit=card is not None)
     base = _inspect(located, found.folder)
     renderer = _renderer(located, base)
-    rows, held = read(located.recipe, special_tokens(renderer))
-    longest = located.recipe.train.max_length
-    policy = located.recipe.data.over_length
-    fitted = window.fit(rows, renderer, longest, policy)
-    judged = window.fit(held, renderer, longest, policy)
-    examples = fitted.examples
-    held_out = _held_out(judged, renderer) if held else None
-    _refuse_long_answers(located, base, held_out)
+    gathered = gather.gather(located.recipe, renderer, progress)
+    _refuse_long_answers(located, base, gathered.held_out)
     rows_trained = control_tokens.resolve(located, base, renderer)
-    load = _load(located.recipe, examples, held_out)
+    load = _load(located.recipe, gathered)
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
-        notes=[
-            *found.notes, *base.notes, *rows_trained.notes, *dataset.repeats(rows, held),
-            *fitted.notes("data.train_path"), *judged.notes("data.eval_path"),
-        ],
+        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes],
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
         what = f"{free / 1e6:.0f} MB free, the run writes about {made.output_bytes / 1e6:.0f} MB"
         raise EnvironmentFault(what, made.output, "free some space, or lower train.keep_last")
     return Prepared(
-        located=located, hardware=machine, base=base, plan=made, commit=found.commit, examples=examples,
-        held_out=held_out, named=(*fitted.named, *judged.named),
+        located=located, hardware=machine, base=base, plan=made, commit=found.commit, samples=gathered.samples,
+        held_out=gathered.held_out, named=gathered.named,
     )  # fmt: skip
 
 
 def _renderer(located: Located, base: Base) -> Renderer:
-    return Renderer(
-        tokenizer.of(base), base.stop_token, piecewise=base.piecewise, train_on=located.recipe.data.train_on
-    )
+    data = located.recipe.data
+    made = Renderer(
+        tokenizer.of(base), base.stop_token, piecewise=base.piecewise, train_on=data.train_on, thinking=data.thinking,
+        literals=data.literal_tokens,
+    )  # fmt: skip
+    known = gather.special_tokens(made)
+    for index, token in enumerate(data.literal_tokens):
+        if token not in known:
+            what = f"{token!r} is no special token of {located.recipe.model}"
+            where = located.where(f"data.literal_tokens.{index}")
+            raise RecipeError(what, where, "remove it: it is text already")
+    return made
 
 
 def _refuse_place(located: Located) -> None:
@@ -156,38 +160,35 @@ def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepa
         raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
     if reach is not None:
         shape = replace(shape, family="qwen1", max_positions=reach)
-    read(located.recipe, ())
+    gather.read_only(located.recipe)
     unchecked = (
         f"the weights, tokenizer and template of {name}: not on this disk ({evidence})",
         "token counts, and so steps per epoch and time: they need the tokenizer",
         "whether the base has learned its template's control tokens: that is seen in the weights",
     )
     made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked)
-    return Prepared(located=located, hardware=machine, base=None, plan=made, commit=None, examples=(), held_out=None)
+    return Prepared(located=located, hardware=machine, base=None, plan=made, commit=None, samples=None, held_out=None)
 
 
-def check_data(path: Path, overrides: Sequence[str], progress: Callable[[Path, int], None]) -> list[datacheck.Report]:
-    """The recipe's files, judged row by row: with the model's own tokenizer and window where the model is here."""
+def check_data(path: Path, overrides: Sequence[str], progress: dataset.Progress) -> list[datacheck.Report]:
+    """The recipe's data, judged row by row: with the model's own tokenizer and window where the model is here."""
     located = recipe.locate(path, overrides)
     chosen = located.recipe
     found = source.find(chosen.model, chosen.revision)
     specials: Sequence[str] = datacheck.CONTROL
-    render = None
+    fitting = None
     if found is not None:
-        base = _inspect(located, found.folder)
-        renderer = _renderer(located, base)
-        specials, render = special_tokens(renderer), (renderer, chosen.train.max_length)
+        renderer = _renderer(located, _inspect(located, found.folder))
+        specials, fitting = gather.special_tokens(renderer), gather.window_of(chosen, renderer)
+    judging = gather.judging_source(chosen)
     reports = []
-    trained = None
-    for file in (chosen.data.train_path, chosen.data.eval_path):
-        if file is not None:
-            name = Path(file)
-            report, seen = datacheck.check(
-                name, chosen.data.format, specials, trained=trained, render=render,
-                progress=functools.partial(progress, name),
-            )  # fmt: skip
-            reports.append(report)
-            trained = trained or seen
+    trained = datacheck.Seen()
+    for place in gather.training_sources(chosen):
+        rows = Reader(place, specials, chosen.data.literal_tokens)
+        reports.append(datacheck.check(rows, seen=trained, fitting=fitting, progress=progress))
+    if judging is not None:
+        rows = Reader(judging, specials, chosen.data.literal_tokens)
+        reports.append(datacheck.check(rows, trained=trained, fitting=fitting, progress=progress))
     return reports
 
 
@@ -198,37 +199,17 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
     if found is None:
         fix = "fetch it: the tokenizer decides what is trained"
         raise ModelError("the model is not on this disk", located.recipe.model, fix)
-    base = _inspect(located, found.folder)
-    return located, _renderer(located, base)
+    return located, _renderer(located, _inspect(located, found.folder))
 
 
-def special_tokens(renderer: Renderer) -> list[str]:
-    return [token.content for token in renderer.tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def read(recipe: Recipe, specials: Sequence[str]) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) as the recipe says; the second is empty where it names none."""
-    data = recipe.data
-    rows = dataset.read_rows(Path(data.train_path), data.format, specials)
-    held: list[Row] = []
-    if data.eval_path:
-        held = dataset.read_rows(Path(data.eval_path), data.format, specials)
-    elif data.eval_fraction:
-        rows, held = dataset.split(rows, data.eval_fraction, recipe.train.seed)
-    return rows, held[: recipe.evaluate.rows]
-
-
-def _held_out(judged: Fitted, renderer: Renderer) -> HeldOut:
-    return HeldOut(examples=judged.examples, questions=tuple(renderer.question(row) for row in judged.rows))
-
-
-def _load(recipe: Recipe, examples: Sequence[Example], held_out: HeldOut | None) -> Load:
+def _load(recipe: Recipe, gathered: Gathered) -> Load:
+    held_out, samples = gathered.held_out, gathered.samples
     times = 2 + (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 2
     tokens = sum(len(example.ids) for example in held_out.examples) if held_out else 0
-    answers = len(held_out.questions) if held_out and "exact_match" in recipe.evaluate.metrics else 0
     return Load(
-        lengths=[len(example.ids) for example in examples],
-        supervised=[sum(example.supervised) for example in examples],
+        lengths=samples.lengths.tolist(),
+        supervised=samples.supervised.tolist(),
+        parts=samples.part_list(),
         evaluated_tokens=times * tokens,
-        generated_rows=answers,
+        generated_rows=len(held_out.questions) if held_out else 0,
     )

@@ -6,7 +6,6 @@ JSONL and CSV are read as they come, so that a file may be larger than the memor
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import json
 from collections.abc import Iterator
@@ -18,17 +17,19 @@ from finetune.conversation import RowFault
 from finetune.errors import DataError
 
 _MOST_CELL = 64 * 1024 * 1024
+_BATCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One record: its number from 1, its place as ``file:N`` names it (a line of JSONL, else the record), and its
-    value, or why there is none."""
+    value, or why there is none. ``done``: the share of the file that was read, 0 where that is not known."""
 
     number: int
     place: int
     value: dict[str, Any] | None
     fault: RowFault | None = None
+    done: float = 0.0
 
 
 def read(path: Path) -> Iterator[Record]:
@@ -39,7 +40,7 @@ def read(path: Path) -> Iterator[Record]:
     """
     kind = path.suffixes[-2].lower() if path.suffix.lower() == ".gz" and len(path.suffixes) > 1 else path.suffix.lower()
     if kind == ".parquet":
-        yield from _numbered(_parquet(path))
+        yield from _parquet(path)
     elif kind == ".csv":
         yield from _csv(path)
     elif kind == ".json" and _first_sign(path) == "[":
@@ -49,15 +50,17 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    number = 0
+    number = read = 0
+    size = 0 if path.suffix.lower() == ".gz" or not path.is_file() else path.stat().st_size
     for place, raw in enumerate(_raw_lines(path), 1):
         try:
             line = raw.decode("utf-8-sig" if place == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise _not_utf8(path, place, raw, error) from None
+        read += len(raw)
         if line.strip():
             number += 1
-            yield _parsed(line, number, place)
+            yield _parsed(line, number, place, read / size if size else 0.0)
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
@@ -86,7 +89,7 @@ def _not_utf8(path: Path, place: int, raw: bytes, error: UnicodeDecodeError) -> 
     return DataError(what, f"{path}:{place}", "save the file as UTF-8")
 
 
-def _parsed(text: str, number: int, place: int) -> Record:
+def _parsed(text: str, number: int, place: int, done: float) -> Record:
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RowFault as fault:
@@ -95,12 +98,12 @@ def _parsed(text: str, number: int, place: int) -> Record:
         reason = "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else error
         broken = RowFault("", f"not valid JSON: {reason}", "mend or remove the row", code="broken_json")
         return Record(number=number, place=place, value=None, fault=broken)
-    return _record(value, number, place)
+    return _record(value, number, place, done)
 
 
-def _record(value: Any, number: int, place: int) -> Record:
+def _record(value: Any, number: int, place: int, done: float) -> Record:
     if isinstance(value, dict):
-        return Record(number=number, place=place, value=value)
+        return Record(number=number, place=place, value=value, done=done)
     what = f"a row must be a JSON object, this one is {type(value).__name__}"
     fault = RowFault("", what, 'write rows like {"messages": […]}', code="not_an_object")
     return Record(number=number, place=place, value=None, fault=fault)
@@ -135,7 +138,7 @@ def _array(path: Path) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON: {error}", f"{path}:1", "mend it, or write one object a line") from None
     for number, value in enumerate(rows, 1):
-        yield _record(value, number, number)
+        yield _record(value, number, number, number / len(rows))
 
 
 def _csv(path: Path) -> Iterator[Record]:
@@ -170,16 +173,16 @@ def _cells(record: dict[Any, Any], number: int, columns: int) -> Record:
     return Record(number=number, place=number, value=None, fault=fault)
 
 
-def _numbered(values: Iterator[dict[str, Any]]) -> Iterator[Record]:
-    for number, value in enumerate(values, 1):
-        yield Record(number=number, place=number, value=value)
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
 
     try:
-        yield from load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise DataError(f"cannot be read: {error.__cause__ or error}", str(path), "check the file") from None
+        with parquet.ParquetFile(path) as file:
+            number, rows = 0, file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Record(number=number, place=number, value=value, done=number / rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"cannot be read: {error}", str(path), "check the file") from None

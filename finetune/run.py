@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune import evaluate, hardware, identity, manifest, plan, recipe, scores
+from finetune import evaluate, gather, hardware, identity, plan, recipe, scores
 from finetune.errors import RecipeError
 from finetune.identity import Identity
 from finetune.loading import BaseForm
@@ -23,12 +23,13 @@ class Run:
 
     def __init__(self, prepared: Prepared, terminal: Terminal, stored: Identity | None = None) -> None:
         assert prepared.base is not None
-        self.prepared, self.base, self.terminal = prepared, prepared.base, terminal
+        assert prepared.samples is not None
+        self.prepared, self.base, self.samples, self.terminal = prepared, prepared.base, prepared.samples, terminal
         self.folder = RunFolder(Path(prepared.plan.output))
         self.identity = stored or self._identity()
 
     def _identity(self) -> Identity:
-        chosen, data = self.prepared.plan, self.prepared.recipe.data
+        chosen = self.prepared.plan
         total = sum(path.stat().st_size for path in self.base.files())
         shown, done = Progress(self.terminal, "reading the base, MB"), 0
 
@@ -40,7 +41,7 @@ class Run:
 
         return Identity(
             recipe=dict(recipe.flatten(self.prepared.recipe)),
-            data={path: manifest.digest(Path(path)) for path in (data.train_path, data.eval_path) if path},
+            data=gather.digests(self.prepared.recipe),
             base=self.base.digests(tick),
             resolved={
                 "compute": chosen.compute,
@@ -76,20 +77,20 @@ class Run:
 
     def _check_length(self, stored: Identity) -> None:
         """A longer run must begin with the very steps of the shorter one."""
-        lengths = [len(example.ids) for example in self.prepared.examples]
+        lengths, parts = self.samples.lengths.tolist(), self.samples.part_list()
         train = self.prepared.recipe.train
         before = train.model_copy(
             update={"steps": _number(stored.recipe["train.steps"]), "epochs": _number(stored.recipe["train.epochs"])}
         )
-        old = plan.course_steps(self.prepared.recipe.model_copy(update={"train": before}), lengths)
-        new = plan.course_steps(self.prepared.recipe, lengths)
+        old = plan.course_steps(self.prepared.recipe.model_copy(update={"train": before}), lengths, parts)
+        new = plan.course_steps(self.prepared.recipe, lengths, parts)
         if new[: len(old)] != old:
             what = f"the run has {len(old)} steps, which are not the first of these {len(new)}"
             raise RecipeError(what, "train.steps", "a run can be lengthened, not shortened or cut differently")
 
     def course(self) -> Course:
         train = self.prepared.recipe.train
-        steps = plan.course_steps(self.prepared.recipe, [len(example.ids) for example in self.prepared.examples])
+        steps = plan.course_steps(self.prepared.recipe, self.samples.lengths.tolist(), self.samples.part_list())
         return Course(
             steps=tuple(steps), peak_rate=train.learning_rate, warmup=train.warmup, kind=train.schedule,
             max_grad_norm=train.max_grad_norm, micro_batch_tokens=self.identity.resolved["micro_batch_tokens"],

@@ -6,8 +6,11 @@ resumed run finds the same step without replaying anything.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,9 +18,19 @@ _DECAY_SHARE = 0.2
 """Share of the steps in which ``wsd`` goes linearly to zero (warm-up, stable, decay)."""
 
 
-def epoch_order(rows: int, epoch: int, seed: int) -> list[int]:
-    """A permutation of the samples that depends on nothing but these three numbers."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source: its name, how many of the samples are its own, and the share of the tokens that it is to give."""
+
+    name: str
+    samples: int
+    share: float | None
+
+
+def epoch_order(rows: int, epoch: int, seed: int, source: int = 0) -> list[int]:
+    """A permutation of the samples that depends on nothing but these numbers."""
+    # torch seeds with the low 32 bits alone: there the sources must differ.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + source * 0x9E37_79B1) % 2**63)
     return torch.randperm(rows, generator=generator).tolist()
 
 
@@ -31,6 +44,30 @@ def _stream(rows: int, seed: int, epochs: float) -> Iterator[int]:
         epoch += 1
 
 
+def _passes(first: int, rows: int, seed: int, source: int) -> Iterator[int]:
+    for epoch in itertools.count():
+        yield from (first + index for index in epoch_order(rows, epoch, seed, source))
+
+
+def _mixed(lengths: Sequence[int], parts: Sequence[Part], seed: int, epochs: float) -> Iterator[int]:
+    """Samples of several sources, always from the one that lags furthest behind its share of the tokens.
+
+    Each source is gone through in its own shuffled passes. An epoch is as many tokens as all sources have together.
+    """
+    firsts = itertools.accumulate((part.samples for part in parts), initial=0)
+    orders = [_passes(first, part.samples, seed, at) for at, (first, part) in enumerate(zip(firsts, parts))]  # noqa: B905 - one first more
+    shares = [part.share or 0.0 for part in parts]
+    wanted = epochs * sum(lengths)
+    drawn = [0] * len(parts)
+    total = 0
+    while total < wanted:
+        source = max(range(len(shares)), key=lambda one: shares[one] * (total + 1) - drawn[one])
+        index = next(orders[source])
+        drawn[source] += lengths[index]
+        total += lengths[index]
+        yield index
+
+
 def steps(
     lengths: Sequence[int],
     seed: int,
@@ -39,6 +76,7 @@ def steps(
     epochs: float | None,
     examples: int | None,
     tokens: int | None,
+    parts: Sequence[Part] = (),
 ) -> list[tuple[int, ...]]:
     """The samples of every step.
 
@@ -46,11 +84,16 @@ def steps(
         lengths: tokens of each sample.
         count, epochs: how long: a number of steps, or passes over the data (the last step may be short).
         examples, tokens: how much per step: a number of samples, or at most so many tokens (and at least one sample).
+        parts: whose samples they are, in that order. Where they have shares, each source gives its share of the tokens;
+            else a pass takes each sample once.
     """
     found: list[tuple[int, ...]] = []
     current: list[int] = []
     size = 0
-    for index in _stream(len(lengths), seed, math.inf if epochs is None else epochs):
+    passes = math.inf if epochs is None else epochs
+    mixed = any(part.share is not None for part in parts)
+    stream = _mixed(lengths, parts, seed, passes) if mixed else _stream(len(lengths), seed, passes)
+    for index in stream:
         full = len(current) == examples if examples else bool(current) and size + lengths[index] > (tokens or 0)
         if full:
             found.append(tuple(current))
@@ -65,16 +108,22 @@ def steps(
 
 
 def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Split one step's samples, in order, into micro-batches of at most ``limit`` tokens; returns positions."""
+    """Samples in as few micro-batches of at most ``limit`` tokens as best fit finds; returns positions, in order.
+
+    The longest goes first, each into the fullest batch that still has room (best-fit decreasing, at most 11/9 of the
+    fewest possible: Johnson 1973). A sample longer than the limit has a batch of its own.
+    """
     packs: list[list[int]] = []
-    room = 0
-    for position, size in enumerate(sizes):
-        if not packs or size > room:
+    rooms: list[tuple[int, int]] = []  # (room left, pack), sorted
+    for position in sorted(range(len(sizes)), key=lambda one: (-sizes[one], one)):
+        size = sizes[position]
+        at = bisect.bisect_left(rooms, (size, 0))
+        room, into = rooms.pop(at) if at < len(rooms) else (limit, len(packs))
+        if into == len(packs):
             packs.append([])
-            room = limit
-        packs[-1].append(position)
-        room -= size
-    return packs
+        packs[into].append(position)
+        bisect.insort(rooms, (room - size, into))
+    return sorted(sorted(positions) for positions in packs)
 
 
 def learning_rate(step: int, *, total: int, peak: float, warmup: int, kind: str) -> float:

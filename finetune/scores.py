@@ -37,6 +37,10 @@ def _answers(folder: RunFolder, name: str, answers: list[str], held_out: HeldOut
     write_atomic(folder.samples, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows).encode())
 
 
+def _by_source(values: dict[str, Any]) -> list[tuple[str, float]]:
+    return sorted(values.get("loss_by_source", {}).items())
+
+
 def table(scores: dict[str, Any]) -> list[str]:
     """The scores as lines of text."""
     lines = [f"{'':<12}{'exact match':>12}{'95 % interval':>18}{'loss':>10}{'rows':>7}"]
@@ -46,4 +50,5 @@ def table(scores: dict[str, Any]) -> list[str]:
         exact = f"{values['exact_match']:.3f}" if "exact_match" in values else "-"
         loss = f"{values['loss']:.4f}" if "loss" in values else "-"
         lines.append(f"{name:<12}{exact:>12}{shown:>18}{loss:>10}{values.get('rows', 0):>7}")
+        lines += [f"{'':<12}{'':>30}{value:>10.4f}  {source}" for source, value in _by_source(values)]
     return lines

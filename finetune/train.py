@@ -98,7 +98,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
     if start and run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
         run.judge(policy, f"step {start}")
-    events = loop.run(policy, sft, run.prepared.examples, course, optimizer, start, scaler)
+    events = loop.run(policy, sft, run.samples, course, optimizer, start, scaler)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
         while done < total:

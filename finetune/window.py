@@ -6,21 +6,25 @@ An answer is never cut, and each ends with its stop token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.dataset import Example, Row, capped
-from finetune.errors import DataError, Fault
+from finetune.conversation import TEXT, Turn
+from finetune.dataset import Example, Faults, Row
+from finetune.errors import DataError
 
 if TYPE_CHECKING:
-    from finetune.conversation import Conversation
     from finetune.renderer import Renderer
+
+Turns = tuple[Turn, ...]
+APART = "tokenised in pieces"
+"""What is done to a row whose text in one piece has other ids: it opens with a newline, or holds a declared literal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """A row that is not trained as it stands: ``done`` is left out, cut or split; ``tokens`` it had."""
+    """A row that is not trained as it stands: ``done`` is left out, cut, split or APART; ``tokens`` it had."""
 
     where: str
     done: str
@@ -39,92 +43,155 @@ class Fitted:
     examples: tuple[Example, ...]
     named: tuple[Named, ...]
 
-    def notes(self, key: str) -> list[str]:
-        """What to say of the named rows in a plan."""
-        kinds: dict[str, list[Named]] = {}
-        for one in self.named:
-            kinds.setdefault(one.done, []).append(one)
-        return [
-            f"{len(found)} rows of {key} are {done} (data.over_length), the longest has "
-            f"{max(one.tokens for one in found)} tokens, the first is {found[0].where}"
-            for done, found in kinds.items()
-        ]
+
+def notes(named: Iterable[Named], key: str) -> list[str]:
+    """What to say of the named rows in a plan."""
+    kinds: dict[str, list[Named]] = {}
+    for one in named:
+        kinds.setdefault(one.done, []).append(one)
+    said = []
+    for done, found in kinds.items():
+        what = f"{len(found)} rows of {key} are {done}"
+        if done == APART:
+            said.append(f"{what}: in one piece their text would have other ids; the first is {found[0].where}")
+        else:
+            longest = max(one.tokens for one in found)
+            said.append(f"{what} (data.over_length), the longest has {longest} tokens, the first is {found[0].where}")
+    return said
 
 
-def fit(rows: Sequence[Row], renderer: Renderer, max_length: int, policy: str = "error") -> Fitted:
-    """All rows as samples of at most ``max_length`` tokens. ``policy``: error, drop, truncate_turns or split.
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """How rows are fitted: the renderer, the most tokens of a sample, and the policy for rows that have more.
+
+    ``policy``: error, drop, truncate_turns or split.
+    """
+
+    renderer: Renderer
+    max_length: int
+    policy: str = "error"
+
+    def place(self, row: Row) -> Placed:
+        """One row's samples, and its name where it is not trained as it stands.
+
+        Raises:
+            DataError: the template cannot render it; with the policy ``error``, it is too long.
+        """
+        made = self.renderer.examples(row)
+        tokens = _longest(made)
+        if tokens <= self.max_length:
+            return Placed(parts=(row,), examples=tuple(made), named=_apart(row, made, tokens))
+        if self.policy == "error":
+            fix = "raise train.max_length, shorten the row, or choose data.over_length"
+            raise DataError(f"{tokens} tokens, more than train.max_length {self.max_length}", row.where, fix)
+        if row.conversation.turns[0].role == TEXT and self.policy == "split":
+            examples, named = _slices(made[0], self.max_length)
+            return Placed(parts=(row,), examples=examples, named=named)
+        parts, named = _fitting(row, self.renderer, self.max_length, self.policy, tokens)
+        fitted = tuple(example for part in parts for example in self.renderer.examples(part))
+        return Placed(parts=tuple(parts), examples=fitted, named=named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """One row as it will be trained: the rows that it became, their samples, and its name if it was not taken as is."""
+
+    parts: tuple[Row, ...]
+    examples: tuple[Example, ...]
+    named: Named | None
+
+
+def fit(rows: Sequence[Row], window: Window) -> Fitted:
+    """All rows as samples.
 
     Raises:
-        DataError: rows that the template cannot render; with ``error``, rows that are too long; with the others, when
-            nothing is left.
+        DataError: rows that the template cannot render; rows that are too long, where the policy is ``error``; with the
+            others, when nothing is left.
     """
     kept: list[Row] = []
     examples: list[Example] = []
     named: list[Named] = []
-    faults: list[Fault] = []
+    faults = Faults(rows[0].where.rpartition(":")[0] if rows else "")
     for row in rows:
         try:
-            made = renderer.examples(row)
-            if _longest(made) > max_length:
-                parts, told = _fitting(row, renderer, max_length, policy)
-                named.append(told)
-                made = [example for part in parts for example in renderer.examples(part)]
-            else:
-                parts = [row]
+            placed = window.place(row)
         except DataError as error:
-            faults += error.faults
+            faults.put(error.faults[0])
             continue
-        kept += parts
-        examples += made
-    if policy == "error":
-        fix = "raise train.max_length, shorten the row, or choose data.over_length"
-        faults += [
-            Fault(f"{one.tokens} tokens, more than train.max_length {max_length}", one.where, fix) for one in named
-        ]
-    if faults:
-        raise capped(faults)
-    if rows and not examples:
-        what = f"no row fits into train.max_length {max_length}"
-        raise DataError(what, rows[0].where.rpartition(":")[0], "raise train.max_length")
+        kept += placed.parts
+        examples += placed.examples
+        named += [placed.named] if placed.named else []
+        faults.rows += 1
+    if rows:
+        faults.raise_if_any()
+        refuse_empty(len(examples), window.max_length, faults.place)
     return Fitted(rows=tuple(kept), examples=tuple(examples), named=tuple(named))
+
+
+def refuse_empty(samples: int, max_length: int, place: str) -> None:
+    """Raises DataError where no row of a source fits."""
+    if not samples:
+        raise DataError(f"no row fits into train.max_length {max_length}", place, "raise train.max_length")
+
+
+def _apart(row: Row, made: Sequence[Example], tokens: int) -> Named | None:
+    if not any(example.apart for example in made):
+        return None
+    return Named(where=row.where, done=APART, tokens=tokens, detail="in one piece the text has other ids")
+
+
+def _slices(example: Example, max_length: int) -> tuple[tuple[Example, ...], Named]:
+    """Plain text in pieces. Each begins with the last token of the one before, so that every token is trained once."""
+    step = max_length - 1
+    starts = range(0, len(example.ids) - 1, step)
+    parts = [
+        Example(
+            ids=example.ids[low : low + max_length], weights=(0.0, *example.weights[low + 1 : low + max_length]),
+            where=f"{example.where}#{number}",
+        )
+        for number, low in enumerate(starts, 1)
+    ]  # fmt: skip
+    detail = f"into {len(parts)} samples; nothing is left out"
+    return tuple(parts), Named(where=example.where, done="split", tokens=len(example.ids), detail=detail)
 
 
 def _longest(examples: Sequence[Example]) -> int:
     return max(len(example.ids) for example in examples)
 
 
-def _fitting(row: Row, renderer: Renderer, max_length: int, policy: str) -> tuple[list[Row], Named]:
+def _fitting(row: Row, renderer: Renderer, max_length: int, policy: str, tokens: int) -> tuple[list[Row], Named]:
     """(what of the row is trained, its name)."""
-    tokens = _longest(renderer.examples(row))
 
-    def fits(turns: Conversation) -> bool:
-        trained = any(turn.role == "assistant" and turn.train for turn in turns)
-        return trained and _longest(renderer.examples(replace(row, conversation=turns))) <= max_length
+    def with_turns(turns: Turns, where: str = row.where) -> Row:
+        return Row(conversation=replace(row.conversation, turns=turns), where=where)
 
-    system = row.conversation[:1] if row.conversation[0].role == "system" else ()
-    turns = row.conversation[len(system) :]
+    def fits(turns: Turns) -> bool:
+        return any(turn.answers for turn in turns) and _longest(renderer.examples(with_turns(turns))) <= max_length
+
+    whole = row.conversation.turns
+    system = whole[:1] if whole[0].role == "system" else ()
+    turns = whole[len(system) :]
     starts = [index for index, turn in enumerate(turns) if turn.role == "user"]
     if policy == "truncate_turns":
         for start in starts[1:]:
             if fits((*system, *turns[start:])):
                 detail = f"the first {start} turns are left out"
-                cut = replace(row, conversation=(*system, *turns[start:]))
-                return [cut], Named(where=row.where, done="cut", tokens=tokens, detail=detail)
+                return [with_turns((*system, *turns[start:]))], Named(
+                    where=row.where, done="cut", tokens=tokens, detail=detail
+                )
     if policy == "split":
         parts = _parts(system, turns, starts, fits)
         if parts:
-            rows = [
-                replace(row, conversation=part, where=f"{row.where}#{number}") for number, part in enumerate(parts, 1)
-            ]
+            rows = [with_turns(part, f"{row.where}#{number}") for number, part in enumerate(parts, 1)]
             detail = f"into {len(parts)} samples; {_lost(turns, parts, system)} turns are left out"
             return rows, Named(where=row.where, done="split", tokens=tokens, detail=detail)
     detail = f"longer than {max_length} tokens" if policy == "drop" else "not even one exchange fits"
     return [], Named(where=row.where, done="left out", tokens=tokens, detail=detail)
 
 
-def _parts(system: Conversation, turns: Conversation, starts: Sequence[int], fits: Any) -> list[Conversation]:
+def _parts(system: Turns, turns: Turns, starts: Sequence[int], fits: Callable[[Turns], bool]) -> list[Turns]:
     """The longest runs of whole exchanges that fit, one after the other; an exchange that does not fit is left out."""
-    parts: list[Conversation] = []
+    parts: list[Turns] = []
     ends = [*starts[1:], len(turns)]
     low = 0
     while low < len(starts):
@@ -137,5 +204,5 @@ def _parts(system: Conversation, turns: Conversation, starts: Sequence[int], fit
     return parts
 
 
-def _lost(turns: Conversation, parts: Sequence[Conversation], system: Conversation) -> int:
+def _lost(turns: Turns, parts: Sequence[Turns], system: Turns) -> int:
     return len(turns) - sum(len(part) - len(system) for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: as the command sets it
+_CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")  # no test reads or fills the user's own cache
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is first imported: no test may reach a hub
 
 

@@ -12,12 +12,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import cli
+from finetune import cli, dataset
+from finetune.dataset import Reader, Row, Source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +50,13 @@ tracker: none
 output: runs/one
 """
 OUTPUT = Path("runs/one")
+
+
+def read_rows(path: Path, format_name: str = "auto", special_tokens: Sequence[str] = ()) -> list[Row]:
+    """The rows of one file."""
+    return dataset.read_rows(Reader(Source(path=str(path), format=format_name), special_tokens))
+
+
 MERGED = Path("merged")
 
 

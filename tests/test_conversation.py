@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from finetune.conversation import ROLES, RowFault, Turn, check, nearest, role_of, shown, text_of
+from finetune.conversation import ROLES, Conversation, RowFault, Turn, check, nearest, role_of, shown, text_of
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def turns(*pairs: tuple[Any, Any]) -> tuple[Turn, ...]:
-    return tuple(Turn(role, content) for role, content in pairs)
+def turns(*pairs: tuple[Any, Any]) -> Conversation:
+    return Conversation(tuple(Turn(role, content) for role, content in pairs))
 
 
 GOOD = [
@@ -19,7 +19,7 @@ GOOD = [
     turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
     turns(("user", "a"), ("assistant", "b"), ("tool", "1"), ("tool", "2"), ("assistant", "d")),
     turns(("user", "im_end <| im_start |> <s> ✓ 🎉 \x07"), ("assistant", "a\n\nb")),
-    (Turn("user", "a"), Turn("assistant", "b", train=False), Turn("user", "c"), Turn("assistant", "d")),
+    Conversation((Turn("user", "a"), Turn("assistant", "b", 0.0), Turn("user", "c"), Turn("assistant", "d"))),
 ]
 
 BAD = [
@@ -40,24 +40,28 @@ BAD = [
     (turns(("user", "a"), ("tool", "b"), ("assistant", "c")), "turn 2 (tool)", "right after the user"),
     (turns(("user", "a"), ("assistant", "b"), ("user", "c")), "turn 3 (user)", "nothing answers it"),
     (turns(("user", "a"), ("assistant", "b"), ("tool", "c")), "turn 3 (tool)", "nothing answers it"),
-    ((Turn("user", "a"), Turn("assistant", "b", train=False)), "turns", "weight 0"),
+    (Conversation((Turn("user", "a"), Turn("assistant", "b", 0.0))), "turns", "weight 0"),
     (turns(("user", None), ("assistant", "b")), "turn 1 (user)", "is null"),
     (turns(("user", 7), ("assistant", "b")), "turn 1 (user)", "is int 7"),
     (turns(("user", ["a"]), ("assistant", "b")), "turn 1 (user)[0]", "not a part"),
     (turns(("user", "a\ud800b"), ("assistant", "b")), "turn 1 (user)", "surrogate pair ('\\ud800') at 1"),
     (turns(("user", "a"), ("assistant", "b\0")), "turn 2 (assistant)", "NUL character at 1"),
-    (turns(("user", "x<|im_end|>\n<|im_start|>assistant\n"), ("assistant", "b")), "turn 1 (user)", "'<|im_start|>'"),
+    (
+        turns(("user", "x<|im_end|>\n<|im_start|>assistant\n"), ("assistant", "b")),
+        "turn 1 (user)",
+        "'<|im_end|>' as text at 1",
+    ),
     (turns(("user", "a"), ("assistant", "b<|endoftext|>")), "turn 2 (assistant)", "'<|endoftext|>' as text at 1"),
 ]
 
 
 @pytest.mark.parametrize("conversation", GOOD)
-def test_good_conversations_pass(conversation: tuple[Turn, ...]) -> None:
+def test_good_conversations_pass(conversation: Conversation) -> None:
     check(conversation, SPECIALS)
 
 
 @pytest.mark.parametrize(("conversation", "column", "what"), BAD)
-def test_bad_conversations_are_refused(conversation: tuple[Turn, ...], column: str, what: str) -> None:
+def test_bad_conversations_are_refused(conversation: Conversation, column: str, what: str) -> None:
     with pytest.raises(RowFault) as caught:
         check(conversation, SPECIALS)
     assert caught.value.column == column

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from finetune import datacheck, records
+from finetune.dataset import Reader, Source
 from finetune.errors import DataError
 from tests.conftest import ROOT
-from tests.runs import chat, finetune, write_rows
+from tests.runs import chat, finetune, read_rows, write_rows
 
 GOOD = json.dumps(chat("a", "b"))
 
 
 def report(path: Path, **settings: Any) -> datacheck.Report:
-    return datacheck.check(path, **settings)[0]
+    return datacheck.check(Reader(Source(path=str(path)), datacheck.CONTROL), **settings)
 
 
 def codes(path: Path, **settings: Any) -> dict[str, int]:
@@ -52,7 +53,7 @@ def test_each_fault_has_its_code_and_place(name: str) -> None:
 
 def test_the_files_of_faults_are_what_their_script_makes(script: Any) -> None:
     made = script("data/bad/make.py")
-    assert set(EXPECTED) == {f"{name}.jsonl" for name in made.ROWS} | set(made.FILES)
+    assert set(EXPECTED) == {f"{name}.jsonl" for name in (*made.ROWS, *made.RANKED)} | set(made.FILES)
     for name, (text, code) in made.ROWS.items():
         assert text in (FOLDER / f"{name}.jsonl").read_text()
         assert EXPECTED[f"{name}.jsonl"]["code"] == code
@@ -108,7 +109,7 @@ def test_a_recipe_is_judged_with_its_own_tokenizer_window_and_training_rows(work
     train, judged = json.loads(said.out)
     assert train["summary"]["codes"] == {"special_token": 1, "too_long": 1}
     assert judged["summary"]["codes"] == {"leak": 1}
-    assert "training row 4" in judged["findings"][0]["message"]
+    assert "training row train.jsonl:4" in judged["findings"][0]["message"]
     assert finetune("data", "check", "r.yaml", "--set", "train.lerning_rate=1").code == 2
 
 
@@ -170,8 +171,6 @@ def _mutated(rng: random.Random, data: bytes) -> bytes:
 
 def test_two_thousand_mutations_end_in_an_answer(tmp_path: Path) -> None:
     """No traceback, no hang; where nothing is found the rows are those that training reads."""
-    from finetune import dataset
-
     rng = random.Random(5)
     good = "".join(json.dumps(chat(f"q{n}", f"r{n}", system="s" * (n % 2))) + "\n" for n in range(4)).encode()
     path = tmp_path / "x.jsonl"
@@ -185,7 +184,7 @@ def test_two_thousand_mutations_end_in_an_answer(tmp_path: Path) -> None:
             errors = 1
         assert time.monotonic() - began < 2
         try:
-            dataset.read_rows(path, special_tokens=datacheck.CONTROL)
+            read_rows(path, special_tokens=datacheck.CONTROL)
             assert errors == 0
             clean += 1
         except DataError:

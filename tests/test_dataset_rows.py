@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from finetune import dataset
 from finetune.conversation import Turn
 from finetune.errors import DataError
-from tests.runs import chat, train, write_rows
+from tests.runs import chat, read_rows, train, write_rows
 
 GOOD = json.dumps(chat("a", "b"))
 
@@ -34,7 +33,7 @@ BAD_ROWS: dict[str, tuple[str | bytes, str]] = {
     "44 content a number": (_messages({"role": "user", "content": 5}, ANSWER), "is int 5, not a text"),
     "45 tool calls": (
         _messages(USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}),
-        "tool calls are not trained",
+        "not a call",
     ),
     "46 wrong column": ('{"txt": "a"}', "messages: is missing"),
     "47 empty answer": (_messages(USER, {"role": "assistant", "content": " "}), "the answer is empty"),
@@ -61,7 +60,7 @@ def test_a_bad_row_is_named(row: str | bytes, what: str, tmp_path: Path) -> None
     data = row if isinstance(row, bytes) else row.encode()
     file.write_bytes(GOOD.encode() + b"\n" + data + b"\n" + GOOD.encode())
     with pytest.raises(DataError) as caught:
-        dataset.read_rows(file)
+        read_rows(file)
     (fault,) = caught.value.faults
     assert fault.where == f"{file}:2"
     assert what in fault.what
@@ -73,11 +72,11 @@ def test_all_bad_rows_come_at_once_up_to_fifty(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join([GOOD, *bad[:20], GOOD]))
     with pytest.raises(DataError) as caught:
-        dataset.read_rows(file)
+        read_rows(file)
     assert [fault.where for fault in caught.value.faults] == [f"{file}:{n}" for n in range(2, 22)]
     file.write_text("\n".join([GOOD, *["{"] * 70]))
     with pytest.raises(DataError) as caught:
-        dataset.read_rows(file)
+        read_rows(file)
     assert len(caught.value.faults) == 51
     assert caught.value.faults[-1].what == "and 20 more rows like these"
 
@@ -113,10 +112,10 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 def test_a_file_is_read_or_named(name: str, data: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     if not what:
-        assert dataset.read_rows(tmp_path / name)
+        assert read_rows(tmp_path / name)
         return
     with pytest.raises(DataError) as caught:
-        dataset.read_rows(tmp_path / name)
+        read_rows(tmp_path / name)
     assert what in str(caught.value.faults[0])
     assert str(tmp_path / name) in caught.value.faults[0].where
 
@@ -124,7 +123,7 @@ def test_a_file_is_read_or_named(name: str, data: bytes, what: str, tmp_path: Pa
 def test_csv_cells_stay_texts(tmp_path: Path) -> None:
     """A reader that guesses types makes 7 of "007" and nothing of "null"."""
     (tmp_path / "x.csv").write_text("prompt,completion\na,007\nb,null\nc,1.50\nd,True\n")
-    assert [row.conversation[1].content for row in dataset.read_rows(tmp_path / "x.csv")] == [
+    assert [row.conversation.turns[1].content for row in read_rows(tmp_path / "x.csv")] == [
         "007", "null", "1.50", "True",
     ]  # fmt: skip
 
@@ -136,25 +135,25 @@ def test_parquet_is_read_and_its_rows_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "data [v1] *"  # no pattern for file names
     folder.mkdir()
     parquet.write_table(pyarrow.table({"messages": [chat("a", "b")["messages"]] * 2}), folder / "x.parquet")
-    rows = dataset.read_rows(folder / "x.parquet")
+    rows = read_rows(folder / "x.parquet")
     assert [row.where for row in rows] == [f"{folder}/x.parquet:1", f"{folder}/x.parquet:2"]
-    assert rows[0].conversation == (Turn("user", "a"), Turn("assistant", "b"))
+    assert rows[0].conversation.turns == (Turn("user", "a"), Turn("assistant", "b"))
     parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["x", None]}), folder / "y.parquet")
     with pytest.raises(DataError, match=r"y\.parquet:2: completion: is null"):
-        dataset.read_rows(folder / "y.parquet")
+        read_rows(folder / "y.parquet")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.jsonl: cannot be read: No such file"):
-        dataset.read_rows(tmp_path / "x.jsonl")
+        read_rows(tmp_path / "x.jsonl")
 
 
 def test_the_format_of_the_first_row_holds_for_all(tmp_path: Path) -> None:
     write_rows(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}, chat("a", "b")])
     with pytest.raises(DataError, match=r"x\.jsonl:2: prompt: is missing"):
-        dataset.read_rows(tmp_path / "x.jsonl")
+        read_rows(tmp_path / "x.jsonl")
     with pytest.raises(DataError, match=r"x\.jsonl:1: messages: is missing"):
-        dataset.read_rows(tmp_path / "x.jsonl", "chat")
+        read_rows(tmp_path / "x.jsonl", "chat")
 
 
 def test_faults_of_data_end_the_command_with_3(work: Path) -> None:

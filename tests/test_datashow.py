@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune import dataset, datashow, prepare
-from tests.runs import chat, finetune, write_rows
+from finetune import datashow, look, prepare
+from finetune.plan import course_steps
+from tests.runs import chat, finetune, read_rows, write_rows
 
 HOSTILE = [
     "<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "</pre></body><h1>x",
@@ -25,17 +26,17 @@ HOSTILE = [
 
 def test_what_is_shown_as_trained_is_what_is_trained(work: Path) -> None:
     located, renderer = prepare.open_renderer(Path("r.yaml"), ())
-    rows = dataset.read_rows(Path("train.jsonl"))
+    rows = read_rows(Path("train.jsonl"))
     for row in rows[:5]:
         (example,) = renderer.examples(row)
-        found = datashow.pieces(example, renderer)
+        found = datashow.shown(example, row.conversation.turns, renderer).pieces
         assert [token for piece in found for token in piece.ids] == list(example.ids)
         marks = [piece.kind in ("trained", "end") for piece in found for _ in piece.ids]
         assert marks == list(example.supervised)
         assert found[-1].kind == "end"
         assert found[-1].text == "<|im_end|>"
         answer = "".join(piece.text for piece in found if piece.kind == "trained")
-        assert answer == row.conversation[-1].content
+        assert answer == row.conversation.turns[-1].content
         assert {piece.kind for piece in found if piece.text == "<|im_start|>"} == {"frame"}
     assert located.recipe.model == "base"
 
@@ -56,7 +57,7 @@ def test_one_row_can_be_asked_for(work: Path) -> None:
     assert "train.jsonl:2:" not in said.out
     said = finetune("data", "show", "r.yaml", "--row", "900")
     assert (said.code, said.err.count("\n")) == (3, 1)
-    assert "there is no row 900, the file has 20" in said.err
+    assert "there is no row 900, the data has 20" in said.err
 
 
 def test_text_cannot_steer_the_terminal(work: Path) -> None:
@@ -68,9 +69,7 @@ def test_text_cannot_steer_the_terminal(work: Path) -> None:
 def hostile_page(folder: Path) -> Path:
     texts = (HOSTILE * 12)[:200]
     write_rows(Path("train.jsonl"), [chat(f"{number} {text}", text) for number, text in enumerate(texts)])
-    located, renderer = prepare.open_renderer(Path("r.yaml"), ())
-    rows = prepare.read(located.recipe, ())[0]
-    shown = [(example, datashow.pieces(example, renderer)) for row in rows for example in renderer.examples(row)]
+    shown = look.rows(Path("r.yaml"), ("train.max_length=256",), None, 200)
     (folder / "page.html").write_text(datashow.page("a <b>title</b>", shown))
     return folder / "page.html"
 
@@ -112,3 +111,38 @@ def test_the_command_writes_the_page(work: Path) -> None:
     said = finetune("data", "show", "r.yaml", "--html", "page.html")
     assert (said.code, said.out.strip()) == (0, "written: page.html")
     assert Path("page.html").read_text().count("<h2>") == 8
+
+
+def test_a_step_is_shown_as_it_is_packed(work: Path) -> None:
+    said = finetune("data", "show", "r.yaml", "--step", "2", "--set", "train.micro_batch_tokens=128")
+    assert said.code == 0, said.err
+    headings = re.findall(r"── step 2, micro-batch (\d) of (\d): (\d) samples, (\d+) of 128 tokens ──", said.out)
+    assert [int(one[0]) for one in headings] == list(range(1, len(headings) + 1))
+    assert len(headings) == int(headings[0][1]) > 1
+    shown = re.findall(r"(train\.jsonl:\d+): (\d+) tokens", said.out)
+    assert sum(int(one[2]) for one in headings) == len(shown) == 4
+    assert sum(int(one[3]) for one in headings) == sum(int(tokens) for _, tokens in shown)
+    prepared = prepare.prepare(Path("r.yaml"))
+    assert prepared.samples is not None
+    steps = course_steps(prepared.recipe, prepared.samples.lengths.tolist())
+    assert {place for place, _ in shown} == {prepared.samples[index].where for index in steps[1]}
+    assert "there is no step 7, the run has 6" in finetune("data", "show", "r.yaml", "--step", "7").err
+    assert finetune("data", "show", "r.yaml", "--step", "1", "--row", "1").code == 2
+
+
+def test_cuts_both_endings_and_weights_are_shown(work: Path) -> None:
+    long = chat("one", "two")["messages"] + chat("x" * 300, "three")["messages"]
+    half = chat("q", "r")
+    half["messages"][1]["weight"] = 0.5
+    write_rows(Path("train.jsonl"), [{"messages": long}, half])
+    out = finetune("data", "show", "r.yaml", "--set", "data.over_length=split").out
+    assert "train.jsonl:1#1" in out
+    assert "(split: into 1 samples; 2 turns are left out)" in out
+    assert "weights 0.5" in out
+    out = finetune("data", "show", "r.yaml", "--set", "data.over_length=drop").out
+    assert "(left out: longer than 128 tokens)" in out
+    write_rows(Path("train.jsonl"), [{"prompt": "q", "chosen": "good", "rejected": "bad"}])
+    out = finetune("data", "show", "r.yaml").out
+    assert "⟦good<|im_end|>⟧" in out
+    assert "⟦bad<|im_end|>⟧" in out
+    assert "(rejected)" in out

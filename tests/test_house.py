@@ -15,14 +15,25 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = ["cli", "pipeline", "chat"]
 ROAD = [
-    "certify", "finished", "convert", "adapter_layout", "adapter_file", "dashboard", "train", "run", "prepare",
-    "source", "datafix", "datashow", "datacheck", "report", "plan", "targets", "budget", "merge", "proof", "scores",
-    "evaluate", "metrics", "devices", "loop", "checkpoint", "model", "loading", "control_tokens", "tokenizer",
-    "window", "renderer", "dataset", "records", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
-    "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "certify", "finished", "convert", "adapter_layout", "adapter_file", "dashboard", "train", "run", "look",
+    "prepare", "gather", "source", "datafix", "datashow", "datacheck", "report", "plan",
+    "targets", "budget", "merge", "proof", "scores", "evaluate", "metrics", "devices", "loop", "checkpoint", "model",
+    "loading", "control_tokens", "tokenizer", "store", "window", "renderer", "dataset", "records", "hubdata",
+    "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers",
+    "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "objectives", "kernels", "recipe", "known_models"]
-GROUND = ["interrupts", "terminal", "schedule", "decoder", "conversation", "manifest", "runfolder", "errors"]
+GROUND = [
+    "interrupts",
+    "terminal",
+    "schedule",
+    "decoder",
+    "messages",
+    "conversation",
+    "manifest",
+    "runfolder",
+    "errors",
+]
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 
 

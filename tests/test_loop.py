@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,22 @@ def test_small_rates_move_every_weight(tiny_base: Path, form: str) -> None:
     moved = torch.cat([(after[name] != before[name]).reshape(-1) for name in after if "lora_A" in name])
     assert moved.double().mean() >= 0.99
     assert all(entry.dtype == torch.float32 for state in optimizer.state.values() for entry in state.values())
+
+
+def test_a_weight_scales_its_tokens_and_the_divisor(policies: dict[str, Policy]) -> None:
+    """Σ w·loss / Σ w: weight 2 is the sample twice, one weight for all changes nothing, and any cut gives the same."""
+    policy = policies["fp64"]
+    one, two = tiny.samples([9, 14])
+
+    def weighted(example: Example, weight: float) -> Example:
+        return replace(example, weights=tuple(weight * value for value in example.weights))
+
+    doubled = tiny.gradient_of(policy, [weighted(one, 2.0), two])
+    assert tiny.distance(tiny.flat(doubled), tiny.flat(tiny.gradient_of(policy, [one, one, two]))) < 1e-10
+    plain = tiny.gradient_of(policy, [one, two])
+    evenly = tiny.gradient_of(policy, [weighted(one, 0.25), weighted(two, 0.25)])
+    assert tiny.distance(tiny.flat(evenly), tiny.flat(plain)) < 1e-10
+    assert tiny.distance(tiny.flat(doubled), tiny.flat(plain)) > 1e-3
+    samples = [weighted(one, 0.5), two]
+    (apart,) = tiny.gradients(policy, samples, tiny.course([[0, 1]], micro_batch_tokens=1, max_grad_norm=math.inf))
+    assert tiny.distance(tiny.flat(apart), tiny.flat(tiny.gradient_of(policy, samples))) < 1e-10

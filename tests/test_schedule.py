@@ -91,13 +91,78 @@ def test_stop_and_resume_anywhere_sees_each_sample_of_each_epoch_once(size: dict
 
 
 @pytest.mark.parametrize("limit", [1, 30, 60, 200, 10_000])
-def test_pack_keeps_order_and_limit(limit: int) -> None:
+def test_pack_takes_each_sample_once_within_the_limit(limit: int) -> None:
     packs = schedule.pack(LENGTHS, limit)
-    assert [position for pack in packs for position in pack] == list(range(ROWS))
+    assert sorted(position for pack in packs for position in pack) == list(range(ROWS))
+    assert all(pack == sorted(pack) for pack in packs)
     sizes = [sum(LENGTHS[i] for i in pack) for pack in packs]
     assert all(size <= limit or len(pack) == 1 for size, pack in zip(sizes, packs, strict=True))
-    for size, follower in zip(sizes, packs[1:], strict=False):
-        assert size + LENGTHS[follower[0]] > limit
+    assert schedule.pack(LENGTHS, limit) == packs
+
+
+def test_best_fit_finds_what_first_fit_in_order_does_not() -> None:
+    assert schedule.pack([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_of_lognormal_lengths_are_filled_to_95_percent(seed: int) -> None:
+    """Median 300 tokens, as chat data have it: over whole steps, and over the micro-batches within them."""
+    source = random.Random(seed)
+    lengths = [min(4096, max(8, round(source.lognormvariate(5.7, 1.0)))) for _ in range(4000)]
+    found = schedule.steps(lengths, seed, count=None, epochs=1, examples=None, tokens=32_768)
+    filled = [sum(lengths[i] for i in step) / 32_768 for step in found[:-1]]
+    assert sum(filled) / len(filled) > 0.95
+    packs = [pack for step in found[:-1] for pack in schedule.pack([lengths[i] for i in step], 8192)]
+    tokens = sum(lengths[i] for step in found[:-1] for i in step)
+    assert tokens / (len(packs) * 8192) > 0.95
+
+
+def _mixed(shares: list[float], sizes: list[int], *, seed: int = 0, **wanted: Any) -> tuple[list[int], list[int]]:
+    """(tokens drawn, samples drawn) of each source."""
+    source = random.Random(seed)
+    lengths = [source.randint(5, 400) for _ in range(sum(sizes))]
+    parts = [
+        schedule.Part(name=str(n), samples=size, share=share)
+        for n, (size, share) in enumerate(zip(sizes, shares, strict=True))
+    ]
+    plain: dict[str, Any] = {"count": None, "epochs": None, "examples": 8, "tokens": None}
+    chosen = [i for step in schedule.steps(lengths, seed, parts=parts, **(plain | wanted)) for i in step]
+    bounds = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+    owners = [next(n for n, bound in enumerate(bounds) if i < bound) for i in chosen]
+    tokens = [sum(lengths[i] for i, owner in zip(chosen, owners, strict=True) if owner == n) for n in range(len(sizes))]
+    return tokens, [owners.count(n) for n in range(len(sizes))]
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.9, 0.1], [0.2, 0.3, 0.5]])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_source_gives_its_share_of_the_tokens(shares: list[float], seed: int) -> None:
+    sizes = [400, 30, 90][: len(shares)]
+    tokens, _ = _mixed(shares, sizes, seed=seed, count=100)
+    for share, count in zip(shares, tokens, strict=True):
+        assert abs(count - share * sum(tokens)) <= 8 * 400  # within a sample, and the samples of a cut step
+
+
+def test_a_small_source_is_repeated_in_fresh_orders_and_a_pass_is_all_tokens() -> None:
+    tokens, samples = _mixed([0.5, 0.5], [400, 40], epochs=1)
+    assert samples[1] > 3 * 40  # it must give half of the tokens
+    assert samples[0] < 400
+    source = random.Random(0)
+    every = sum(source.randint(5, 400) for _ in range(440))
+    assert every <= sum(tokens) < every + 400
+    orders = [schedule.epoch_order(40, epoch, 0, 1) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert orders[0] != schedule.epoch_order(40, 0, 0, 0)
+
+
+def test_a_longer_mixture_begins_with_a_shorter() -> None:
+    parts = [schedule.Part(name="a", samples=13, share=0.3), schedule.Part(name="b", samples=10, share=0.7)]
+    longest = steps(count=60, examples=3, parts=parts)
+    assert all(steps(count=count, examples=3, parts=parts) == longest[:count] for count in range(1, 60))
+
+
+def test_sources_without_shares_are_one_pile() -> None:
+    parts = [schedule.Part(name="a", samples=13, share=None), schedule.Part(name="b", samples=10, share=None)]
+    assert steps(epochs=2, examples=3, parts=parts) == steps(epochs=2, examples=3)
 
 
 def test_pack_puts_a_sample_over_the_limit_by_itself() -> None:

@@ -72,7 +72,7 @@ def samples(lengths: Sequence[int], seed: int = 0, vocab: int = 250) -> list[Exa
         ids = torch.randint(vocab, (length,), generator=generator).tolist()
         marks = (torch.rand(length, generator=generator) < 0.5).tolist()
         marks[0], marks[-1] = False, True
-        made.append(Example(ids=tuple(ids), supervised=tuple(marks), where=f"rows.jsonl:{row + 1}"))
+        made.append(Example(ids=tuple(ids), weights=tuple(map(float, marks)), where=f"rows.jsonl:{row + 1}"))
     return made
 
 

@@ -41,9 +41,19 @@ ROWS: dict[str, tuple[str, str]] = {
     "assistant-first": (row(ANSWER, USER, ANSWER), "turn_order"),
     "unanswered": (row(USER, ANSWER, USER), "unanswered"),
     "nothing-trained": (row(USER, ANSWER | {"weight": 0}), "nothing_trained"),
-    "bad-weight": (row(USER, ANSWER | {"weight": 0.5}), "bad_weight"),
+    "bad-weight": (row(USER, ANSWER | {"weight": -1}), "bad_weight"),
+    "weight-of-user": (row(USER | {"weight": 1}, ANSWER), "bad_weight"),
+    "weight-and-train": (row(USER, ANSWER | {"weight": 1, "train": False}), "bad_weight"),
     "tool-calls": (row(USER, ANSWER | {"tool_calls": [1]}), "tool_calls"),
-    "unread-column": (row(USER, ANSWER | {"reasoning": "x"}), "unread_column"),
+    "tool-arguments": (row(USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "{"}]}), "tool_calls"),
+    "tool-injection": (
+        row(USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": {"x": "<|im_end|>"}}]}), "special_token"
+    ),
+    "tools-without-name": (json.dumps({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}), "tools"),
+    "system-twice": (json.dumps({"messages": [{"role": "system", "content": "x"}, USER, ANSWER], "system": "y"}),
+                     "turn_order"),
+    "thinking-twice": (row(USER, ANSWER | {"content": "<think>x</think>b", "reasoning": "x"}), "unread_column"),
+    "unread-column": (row(USER, ANSWER | {"audio": {"id": "x"}}), "unread_column"),
     "nul": (row(USER, ANSWER | {"content": "a\0b"}), "nul"),
     "lone-surrogate": (row(USER, ANSWER | {"content": "\ud800"}), "lone_surrogate"),
     "turn-injection": (row(USER | {"content": "<|im_end|>"}, ANSWER), "special_token"),
@@ -52,7 +62,17 @@ ROWS: dict[str, tuple[str, str]] = {
     "secret": (row(USER | {"content": "it is hf_" + "a1B2" * 6}, ANSWER), "secret"),
     "personal": (row(USER | {"content": "write to jane.doe@example.org"}, ANSWER), "personal_data"),
     "mojibake": (row(USER | {"content": "cafÃ©"}, ANSWER), "mojibake"),
-}
+}  # fmt: skip
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+RANKED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "same-answers": (PAIR, PAIR | {"rejected": "b"}, "same_answers"),
+    "rejected-missing": (PAIR, {"prompt": "a", "chosen": "b"}, "missing_column"),
+    "rejected-ends-with-user": (PAIR, PAIR | {"rejected": [ANSWER, USER]}, "unanswered"),
+    "pair-without-prompt": (PAIR, {"chosen": "b", "rejected": "c"}, "missing_column"),
+    "label-of-text": ({"prompt": "a", "completion": "b", "label": True},
+                      {"prompt": "a", "completion": "c", "label": "yes"}, "wrong_type"),
+}  # fmt: skip
+"""Rows that judge answers: name → (a good row, the bad one, its code)."""
 GOOD = "\n".join(json.dumps(one) for one in (BEFORE, AFTER))
 FILES: dict[str, bytes] = {
     "utf16.jsonl": GOOD.encode("utf-16"),
@@ -70,6 +90,10 @@ def main() -> int:
     expected: dict[str, Any] = {}
     for name, (text, code) in ROWS.items():
         (HERE / f"{name}.jsonl").write_text(f"{json.dumps(BEFORE)}\n\n{text}\n{json.dumps(AFTER)}\n", encoding="utf-8")
+        expected[f"{name}.jsonl"] = {"code": code, "row": 2, "line": 3}
+    for name, (good, bad, code) in RANKED.items():
+        lines = [json.dumps(one) for one in (good, bad)]
+        (HERE / f"{name}.jsonl").write_text(f"{lines[0]}\n\n{lines[1]}\n", encoding="utf-8")
         expected[f"{name}.jsonl"] = {"code": code, "row": 2, "line": 3}
     for name, data in FILES.items():
         (HERE / name).write_bytes(data)

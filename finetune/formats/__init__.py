@@ -19,8 +19,11 @@ class Format(Protocol):
     COLUMNS: str
     """The columns it reads, in words, for messages."""
 
-    def matches(self, row: Row) -> bool:
-        """Whether the row's columns are this format's; says nothing about what is in them."""
+    def columns(self, row: Row) -> dict[str, str]:
+        """The row's columns that it would read → what they become; empty where the row is not of this format.
+
+        Says nothing about what is in them.
+        """
 
     def read(self, row: Row) -> Conversation:
         """The row as a conversation; raises RowFault."""
@@ -39,22 +42,25 @@ def get(name: str) -> Format:
 
 
 def detect(row: Row) -> str:
-    """The name of the one format whose columns the row has; RowFault when there is none, or more than one."""
-    fitting = [name for name in names() if get(name).matches(row)]
-    if len(fitting) == 1:
+    """The name of the format that reads most of the row's columns; RowFault when there is none, or no single one."""
+    read = {name: len(get(name).columns(row)) for name in names()}
+    most = max(read.values())
+    fitting = [name for name, count in read.items() if count == most]
+    if most and len(fitting) == 1:
         return fitting[0]
     columns = ", ".join(map(shown, row)) or "none"
-    if fitting:
-        raise RowFault(
-            "columns",
-            f"fit several formats ({', '.join(fitting)})",
-            "set data.format to the one meant",
-            code="ambiguous_format",
-        )
+    if most:
+        what = f"fit several formats ({', '.join(fitting)})"
+        raise RowFault("columns", what, "set data.format to the one meant", code="ambiguous_format")
     wanted = "; ".join(f"{name}: {get(name).COLUMNS}" for name in names())
-    raise RowFault(
-        "columns",
-        f"no format has these columns ({columns})",
-        f"rename them to those of a format ({wanted})",
-        code="unknown_format",
-    )
+    what = f"no format has these columns ({columns})"
+    fix = f"name them in data.columns, or rename them to those of a format ({wanted})"
+    raise RowFault("columns", what, fix, code="unknown_format")
+
+
+def mapping(name: str, row: Row) -> str:
+    """In words, what becomes of the row's columns: ``chat: messages → turns; not read: id``."""
+    read = get(name).columns(row)
+    text = f"{name}: {', '.join(f'{shown(column)} → {what}' for column, what in read.items())}"
+    unread = [shown(column) for column in row if column not in read]
+    return f"{text}; not read: {', '.join(unread)}" if unread else text

@@ -52,21 +52,50 @@ class Adapter(_Section):
     fields: dict[str, Any] = Field(description="the method's own PEFT field names")
 
 
-class Data(_Section):
-    """Where the rows come from."""
+Format = Literal["auto", "alpaca", "chat", "completion", "kto", "preference", "sharegpt", "text"]
 
-    train_path: str = Field(description="rows to train on: a file, relative to the folder the command runs in")
-    eval_path: str | None = Field(default=None, description="rows to judge on: a file; or use eval_fraction")
+
+class DataSource(_Section):
+    """One of several places that rows come from."""
+
+    path: str = Field(description="a file, a folder, or a data set's id on the hub")
+    share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="share of the trained tokens that come from here; all shares together are 1"
+    )
+    format: Format = Field(default="auto", description="layout of a row; auto looks at the columns")
+    columns: dict[str, str] = Field(default={}, description="the format's column name → the one used here")
+    split: str = Field(default="train", description="split of a folder or of a data set on the hub")
+    subset: str | None = Field(default=None, description="configuration of a data set on the hub")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a data set on the hub")
+
+
+class Data(_Section):
+    """Where the rows come from, and what of them is trained."""
+
+    train_path: str | None = Field(
+        default=None, description="rows to train on: a file, a folder, or a data set's id on the hub; or use sources"
+    )
+    sources: list[DataSource] = Field(default=[], description="several places with rows to train on; or use train_path")
+    eval_path: str | None = Field(
+        default=None, description="rows to judge on: a file, a folder, or a data set's id; or use eval_fraction"
+    )
+    eval_split: str = Field(default="test", description="split of eval_path, where that is a folder or on the hub")
     eval_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
         default=None,
         description="share of the training rows to hold out and judge on, between 0 and 1; or use eval_path",
     )
-    format: Literal["auto", "chat", "completion", "alpaca", "sharegpt"] = Field(
-        default="auto", description="layout of a row; auto looks at the columns"
-    )
+    format: Format = Field(default="auto", description="layout of a row; auto looks at the columns")
+    columns: dict[str, str] = Field(default={}, description="the format's column name → the one used in the files")
     train_on: Literal["assistant", "last", "all"] = Field(
         default="assistant",
         description="what is in the loss: every assistant turn, the last one of a row, or every token of it",
+    )
+    thinking: Literal["keep", "strip", "mask"] = Field(
+        default="keep",
+        description="reasoning in answers: as the template renders it, taken out, or read but not in the loss",
+    )
+    literal_tokens: list[str] = Field(
+        default=[], description="special tokens that may stand in a content as text; there they control nothing"
     )
     over_length: Literal["error", "drop", "truncate_turns", "split"] = Field(
         default="error",

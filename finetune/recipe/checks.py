@@ -14,12 +14,14 @@ from finetune.recipe.words import Finding, shown
 from finetune.recipe.yamlfile import KeyPath
 
 _VARIABLE = re.compile(r"\$(\{|\(|[A-Za-z_])")
+_ROUNDING = 1e-6
 _FOUR_BIT = ("nf4", "fp4")
 
 
 def check(tree: dict[str, Any]) -> Iterator[Finding]:
     """Every fault between keys; a key of the wrong type is skipped here, the models report it."""
     yield from _variables(tree, ())  # first: only one fault of a key is shown, and a path with $HOME is not "missing"
+    yield from _data(tree)
     yield from _one_of(tree, "train", ("steps", "epochs"))
     yield from _one_of(tree, "train", ("examples_per_step", "tokens_per_step"))
     yield from _train(tree)
@@ -37,6 +39,34 @@ def _one_of(tree: dict[str, Any], section: str, keys: tuple[str, str]) -> Iterat
         yield Finding((section, keys[0]), f"missing: {keys[0]} or {keys[1]} must be given", f"add '{keys[0]}:'")
     elif len(written) == 2:
         yield Finding((section, keys[1]), f"cannot be given together with {keys[0]}", "keep one; null switches one off")
+
+
+def _data(tree: dict[str, Any]) -> Iterator[Finding]:
+    data = tree.get("data")
+    if not isinstance(data, dict):
+        return
+    sources = data.get("sources")
+    several = sources if isinstance(sources, list) else []
+    if data.get("train_path") is None and not several:
+        yield Finding(("data", "train_path"), "missing: train_path or sources must be given", "add 'train_path:'")
+    elif data.get("train_path") is not None and several:
+        yield Finding(("data", "sources"), "cannot be given together with train_path", "keep one")
+    for key in ("format", "columns") if several else ():
+        if data.get(key) not in (None, "auto", {}) and data.get("eval_path") is None:
+            yield Finding(("data", key), "has no meaning beside sources", f"give each source its own {key}")
+    yield from _shares([source for source in several if isinstance(source, dict)])
+
+
+def _shares(sources: list[dict[str, Any]]) -> Iterator[Finding]:
+    """All sources have a share of the tokens, which together are 1, or none has."""
+    shares = [source.get("share") for source in sources]
+    given = [share for share in shares if isinstance(share, int | float) and not isinstance(share, bool)]
+    if given and len(given) < len(shares):
+        missing = next(index for index, share in enumerate(shares) if share is None or share not in given)
+        yield Finding(("data", "sources", missing, "share"), "missing: the other sources have one", "add it")
+    elif given and abs(sum(given) - 1) > _ROUNDING:
+        what = f"the shares add to {sum(given):g}, not to 1"
+        yield Finding(("data", "sources", len(given) - 1, "share"), what, "mend them")
 
 
 def _train(tree: dict[str, Any]) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from finetune.recipe.yamlfile import KeyPath
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z][A-Za-z0-9+.-]*:/?/?[^/\\]*@")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt", ".yaml", ".yml")
 _PART_CHARACTERS = 96
 _PART_BYTES = 255  # what file systems take for one name
 
@@ -26,7 +27,12 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     paths = data if isinstance(data, dict) else {}
     for key in ("train_path", "eval_path"):
         if isinstance(path := paths.get(key), str):
-            yield from _data_file(("data", key), path)
+            yield from _rows(("data", key), path)
+    sources = paths.get("sources")
+    for index, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict) and isinstance(path := source.get("path"), str):
+            yield from _rows(("data", "sources", index, "path"), path)
+            yield from _same_file(path, paths.get("eval_path"))
     yield from _same_file(paths.get("train_path"), paths.get("eval_path"))
     if isinstance(output := tree.get("output"), str):
         yield from _output(output)
@@ -52,24 +58,33 @@ def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not _is_dir(owner) and nearest(name, known_models.names()) is None
 
 
-def _data_file(at: KeyPath, name: str) -> Iterator[Finding]:
+def _rows(at: KeyPath, name: str) -> Iterator[Finding]:
+    """A file, a folder, or a data set's id on the hub."""
     if not name:
-        yield Finding(at, "the path is empty", "name a file")
+        yield Finding(at, "the path is empty", "name a file, a folder, or a data set's id on the hub")
     elif _URL.match(name):
         yield Finding(at, "a URL is not accepted", "fetch the file first and name it here")
     elif any(_control(name)):
         yield Finding(at, f"holds a control character: {shown(name)}", "remove it")
     elif name.startswith("~"):
         yield Finding(at, "~ is not expanded", "write the path out")
-    elif _is_dir(name):
-        yield Finding(at, f"{shown(name)} is a folder", "name a file in it")
+    elif _is_dir(name) or is_data_id(name):
+        return
     elif not os.path.isfile(name):  # noqa: PTH113 - false, not an error, for a name too long for the file system
         yield Finding(at, f"no such file: {shown(name)}", _near(name))
+
+
+def is_data_id(name: str) -> bool:
+    """``owner/name``, unless that looks like a file, or its first part is a folder here."""
+    owner, _, last = name.partition("/")
+    return _HUB_ID.fullmatch(name) is not None and not _is_dir(owner) and not last.lower().endswith(_DATA_ENDINGS)
 
 
 def _same_file(train: object, judge: object) -> Iterator[Finding]:
     if not isinstance(train, str) or not isinstance(judge, str) or not train or not judge:
         return
+    if _is_dir(train) or is_data_id(train):
+        return  # its splits are other rows
     try:
         same = os.path.samefile(train, judge)  # noqa: PTH121 - links count too
     except (OSError, ValueError):

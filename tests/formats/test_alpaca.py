@@ -11,12 +11,12 @@ from finetune.formats import alpaca
 @pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}, {"history": None, "system": None}])
 def test_reads_instruction_and_output(empty: dict[str, Any]) -> None:
     row = {"instruction": "a", "output": "b"} | empty
-    assert alpaca.read(row) == (Turn("user", "a"), Turn("assistant", "b"))
+    assert alpaca.read(row).turns == (Turn("user", "a"), Turn("assistant", "b"))
 
 
 def test_reads_input_system_and_history() -> None:
     row = {"system": "s", "history": [["q", "r"]], "instruction": "a", "input": "i", "output": "b"}
-    assert alpaca.read(row) == (
+    assert alpaca.read(row).turns == (
         Turn("system", "s"),
         Turn("user", "q"),
         Turn("assistant", "r"),

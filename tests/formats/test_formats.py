@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_file_is_a_format_with_a_sample() -> None:
     here = {path.stem for path in (ROOT / "finetune/formats").glob("*.py")} - {"__init__"}
-    assert set(formats.names()) == here >= {"chat", "completion", "alpaca", "sharegpt"}
+    assert set(formats.names()) == here >= {"chat", "preference", "kto", "text"}
     assert here == {path.stem for path in (ROOT / "data/samples").glob("*.jsonl")}
 
 
@@ -40,7 +40,7 @@ def test_the_nearest_name_is_offered() -> None:
         formats.get("alpacca")
 
 
-@pytest.mark.parametrize("row", [{}, {"text": "a"}, {"mesages": []}, {"prompt": "a", "output": "b"}])
+@pytest.mark.parametrize("row", [{}, {"txt": "a"}, {"mesages": []}, {"prompt": "a", "output": "b"}])
 def test_columns_of_no_format_are_named(row: dict[str, Any]) -> None:
     with pytest.raises(RowFault, match="no format has these columns") as caught:
         formats.detect(row)
@@ -49,21 +49,29 @@ def test_columns_of_no_format_are_named(row: dict[str, Any]) -> None:
 
 
 def test_columns_of_two_formats_are_not_guessed() -> None:
-    with pytest.raises(RowFault, match=r"several formats \(chat, completion\)"):
-        formats.detect({"messages": [], "prompt": "a", "completion": "b"})
+    with pytest.raises(RowFault, match=r"several formats \(chat, text\)"):
+        formats.detect({"messages": [], "text": "a"})
+
+
+def test_the_format_that_reads_most_columns_is_meant() -> None:
+    row = {"prompt": "a", "completion": "b", "text": "a b"}
+    assert formats.detect(row) == "completion"
+    said = formats.mapping("completion", row)
+    assert said == "completion: 'prompt' → user turn, 'completion' → assistant turn; not read: 'text'"
 
 
 @pytest.mark.parametrize("name", formats.names())
 def test_no_row_ends_in_another_error(name: str) -> None:
     """Whatever JSON stands under the right and wrong columns, only RowFault comes out."""
     columns = ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system"]
-    columns += ["history", "tools"]
+    columns += ["history", "tools", "chosen", "rejected", "label", "text", "question"]
     junk: list[Any] = [None, True, 0, 1.5, "", "x", [], [None], [[]], [{}], {}, [{"role": 1}], [{"from": []}]]
     odd: list[Any] = [None, 3, [1], {}]
     junk += [[{"role": "user", "content": value}] for value in [*odd, [{"type": "text"}]]]
     junk += [[{"from": "gpt", "value": value}] for value in odd] + [[["a"]], [["a", None]]]
     reader = formats.get(name)
-    good = {"prompt": "p", "completion": "c", "instruction": "i", "output": "o"}
+    good = {"prompt": "p", "completion": "c", "instruction": "i", "output": "o", "chosen": "a", "rejected": "b"}
+    good |= {"label": True, "text": "t"}
     for column in columns:
         for value in junk:
             for row in ({column: value}, good | {column: value}):

@@ -26,12 +26,17 @@ def frozen(weight: torch.Tensor) -> torch.nn.Linear:
 
 @pytest.mark.parametrize("chunk", [1, 5, ROWS, 100])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize("scaled", [False, True])
 def test_value_and_gradient_equal_the_reference(
-    chunk: int, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+    chunk: int, dtype: torch.dtype, bound: float, head: str, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
     hidden, weight, targets = batch(dtype)
-    fast, slow = summed(hidden, frozen(weight), targets), reference(hidden, weight, targets)
+    scales = torch.linspace(0.1, 3, ROWS) if scaled else None
+    module = frozen(weight)
+    module.weight.requires_grad_(head == "trained")
+    fast, slow = summed(hidden, module, targets, scales), reference(hidden, weight, targets, scales)
     assert fast.dtype == slow.dtype == dtype
     assert distance(fast, slow) < bound
     factor = 1 / 7  # what the loop does to a sum

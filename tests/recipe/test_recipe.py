@@ -100,7 +100,8 @@ def test_list_of_keys_is_frozen() -> None:
         "quantize": "weights double compute",
         "adapter": adapter,
         "trainable_tokens": None,
-        "data": "train_path eval_path eval_fraction format train_on over_length",
+        "data": "train_path sources eval_path eval_split eval_fraction format columns train_on thinking literal_tokens "
+        "over_length",
         "train": train,
         "evaluate": "metrics every rows max_new_tokens batch_rows",
         "tracker": None,

@@ -214,7 +214,6 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:11:3: data.eval_path",
         "is the file that is trained on",
     ),
-    "data is a folder": (swap(": train.jsonl", ": ."), "r.yaml:10:3: data.train_path", "is a folder"),
     "data in home": (swap(": train.jsonl", ": ~/t"), "r.yaml:10:3: data.train_path", "~ is not expanded"),
     "data empty": (swap(": train.jsonl", ": ''"), "r.yaml:10:3: data.train_path", "empty"),
     "data too long": (swap(": train.jsonl", f": {'a' * 5000}"), "r.yaml:10:3: data.train_path", "no such file"),

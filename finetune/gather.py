@@ -1,0 +1,178 @@
+"""A recipe's data: its sources as stores of samples, the rows that are held out, and what is to be said of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune import dataset, hubdata, store, window
+from finetune.dataset import Reader, Row, Source
+from finetune.evaluate import HeldOut
+from finetune.recipe import Recipe
+from finetune.renderer import Renderer
+from finetune.store import Samples, Stored
+from finetune.window import Named, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """What a run trains on and is judged by. ``commits``: data set on the hub → the commit that was read."""
+
+    samples: Samples
+    held_out: HeldOut | None
+    named: tuple[Named, ...]
+    notes: tuple[str, ...]
+
+
+def training_sources(recipe: Recipe) -> list[Source]:
+    """Where the training rows come from; a data set on the hub is pinned to a commit. Raises DataError."""
+    data = recipe.data
+    if data.train_path is not None:
+        return [_pinned(Source(path=data.train_path, format=data.format, columns=data.columns))]
+    return [_pinned(Source(**source.model_dump())) for source in data.sources]
+
+
+def judging_source(recipe: Recipe) -> Source | None:
+    """Where the held-out rows come from, if the recipe names a place. Raises DataError."""
+    data = recipe.data
+    if data.eval_path is None:
+        return None
+    return _pinned(Source(path=data.eval_path, format=data.format, columns=data.columns, split=data.eval_split))
+
+
+def _pinned(source: Source) -> Source:
+    from dataclasses import replace
+
+    return replace(source, revision=hubdata.commit(source.path, source.revision)) if source.on_hub else source
+
+
+def special_tokens(renderer: Renderer) -> list[str]:
+    """The tokenizer's control tokens, which no row may hold as text unless it is declared."""
+    return [token.content for token in renderer.tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def reader(recipe: Recipe, source: Source, renderer: Renderer) -> Reader:
+    return Reader(source, special_tokens(renderer), recipe.data.literal_tokens)
+
+
+def window_of(recipe: Recipe, renderer: Renderer) -> Window:
+    return Window(renderer=renderer, max_length=recipe.train.max_length, policy=recipe.data.over_length)
+
+
+def gather(recipe: Recipe, renderer: Renderer, progress: dataset.Progress = dataset.silent) -> Gathered:
+    """Everything that is trained on and judged by, as ids.
+
+    Raises:
+        DataError: rows that cannot be used, each by its place.
+        EnvironmentFault: the cache cannot be written.
+    """
+    fitting = window_of(recipe, renderer)
+    stores = [
+        store.open_source(reader(recipe, source, renderer), fitting, progress) for source in training_sources(recipe)
+    ]
+    held_numbers = [_held(recipe, stored) for stored in stores]
+    rows = _held_rows(recipe, renderer, stores, held_numbers)
+    judged = window.fit(rows, fitting)
+    exact = "exact_match" in recipe.evaluate.metrics
+    held_out = (
+        HeldOut(
+            examples=judged.examples, questions=tuple(renderer.question(row) for row in judged.rows) if exact else (),
+        )
+        if rows
+        else None
+    )  # fmt: skip
+    samples = Samples([(stored, _kept(stored, held)) for stored, held in zip(stores, held_numbers, strict=True)])
+    named = [one for stored in stores for one in stored.named()]
+    notes = [
+        *(f"{stored.source.path} is read as {stored.mapping}" for stored in stores),
+        *_repeats(stores, held_numbers, rows),
+        *window.notes(named, "the training data"),
+        *window.notes(judged.named, "the held-out rows"),
+    ]
+    return Gathered(samples=samples, held_out=held_out, named=(*named, *judged.named), notes=tuple(notes))
+
+
+def _held(recipe: Recipe, stored: Stored) -> set[int]:
+    """Numbers of the rows that ``eval_fraction`` holds out."""
+    fraction = recipe.data.eval_fraction
+    if not fraction:
+        return set()
+    return dataset.draw(stored.meta["rows"], fraction, recipe.train.seed, stored.source.path)
+
+
+def _held_rows(recipe: Recipe, renderer: Renderer, stores: Sequence[Stored], numbers: Sequence[set[int]]) -> list[Row]:
+    """The held-out rows, of several sources in turn, at most ``evaluate.rows`` of them."""
+    judging = judging_source(recipe)
+    if judging is not None:
+        return dataset.read_rows(reader(recipe, judging, renderer))[: recipe.evaluate.rows]
+    found = [
+        dataset.read_rows(reader(recipe, stored.source, renderer), wanted) if wanted else []
+        for stored, wanted in zip(stores, numbers, strict=True)
+    ]
+    most = max(map(len, found), default=0)
+    in_turn = [rows[index] for index in range(most) for rows in found if index < len(rows)]
+    return in_turn[: recipe.evaluate.rows]
+
+
+def _kept(stored: Stored, held: set[int]):  # type: ignore[no-untyped-def]
+    """Indices of the samples whose rows are not held out."""
+    import numpy as np
+
+    rows = stored.columns["rows"]
+    return np.flatnonzero(~np.isin(rows, list(held))) if held else np.arange(len(rows))
+
+
+def _repeats(stores: Sequence[Stored], held_numbers: Sequence[set[int]], held: Sequence[Row]) -> list[str]:
+    """What to say of rows that come twice, white space and case aside: among the training rows, or held out as well."""
+    import numpy as np
+
+    digests = []
+    for stored, numbers in zip(stores, held_numbers, strict=True):
+        found = stored.columns["folded"]
+        digests.append(np.delete(found, [number - 1 for number in numbers]) if numbers else np.asarray(found))
+    every = np.concatenate(digests)
+    known = np.unique(every)
+    said = []
+    if len(known) < len(every):
+        said.append(f"{len(every) - len(known)} of {len(every)} training rows repeat an earlier one")
+    asked = np.array([int.from_bytes(dataset.folded(row.conversation.turns), "little") for row in held], dtype="u8")
+    twice = np.flatnonzero(np.isin(asked, known))
+    if len(twice):
+        first = int(twice[0])
+        place = _place(stores, asked[first])
+        what = f"{len(twice)} of {len(held)} held-out rows are training rows too, the first is {held[first].where}"
+        said.append(f"{what} ({place}): scores on them flatter")
+    return said
+
+
+def _place(stores: Sequence[Stored], digest: object) -> str:
+    """Where the first row with that digest stands."""
+    import numpy as np
+
+    for stored in stores:
+        found = np.flatnonzero(stored.columns["folded"] == digest)
+        samples = np.flatnonzero(stored.columns["rows"] == found[0] + 1) if len(found) else found
+        if len(samples):
+            return stored.example(int(samples[0])).where
+    return "left out"
+
+
+def digests(recipe: Recipe) -> dict[str, str]:
+    """What the data were, for a run's identity: each file's sha-256, or the commit of a data set on the hub."""
+    from finetune import manifest
+
+    judging = judging_source(recipe)
+    found: dict[str, str] = {}
+    for source in [*training_sources(recipe), *([judging] if judging else [])]:
+        if source.on_hub:
+            found[source.path] = str(source.revision)
+        found |= {str(file): manifest.digest(file) for file in source.files()}
+    return found
+
+
+def read_only(recipe: Recipe) -> None:
+    """Every row that can be judged without the model's tokenizer. Raises DataError."""
+    judging = judging_source(recipe)
+    for source in [*training_sources(recipe), *([judging] if judging else [])]:
+        if not source.on_hub:  # nothing is fetched for a model that is not here
+            dataset.read_rows(Reader(source), ())

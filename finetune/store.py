@@ -1,0 +1,297 @@
+"""Rows as ids on disk, kept by content: written once, mapped into memory, however many there are.
+
+A store's name is a digest of everything that its content depends on: the data's bytes, how they are read, the
+tokenizer, its template, the window and this package's own code. A changed byte makes another store; the same ones are
+found again in the time it takes to verify them. A store appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from finetune import __version__, dataset, manifest
+from finetune.conversation import RowFault
+from finetune.dataset import Example, Faults, Reader, Row, Source
+from finetune.errors import DataError, EnvironmentFault
+from finetune.runfolder import (
+    atomic_folder,
+    clear_leftovers_of,
+    discard,
+    json_bytes,
+    read_json,
+    remove,
+    sync_file,
+    write_synced,
+)
+from finetune.schedule import Part
+from finetune.window import Named, Window, refuse_empty
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_KEPT = 32
+"""Stores that stay in the cache; beyond them the longest unused go."""
+_COLUMNS = {
+    "ids": "i", "marks": "B", "ends": "q", "supervised": "q", "rows": "q", "places": "B", "place_ends": "q",
+    "folded": "Q",
+}  # fmt: skip
+"""File → its number format: ids and weights' numbers per token; ends, counts, rows and places per sample; a digest per
+row."""
+_TOLD = 500
+_DAY = 86_400
+_SHAPING = (
+    "conversation",
+    "messages",
+    "formats",
+    "dataset",
+    "records",
+    "datafolder",
+    "hubdata",
+    "renderer",
+    "window",
+    "store",
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One source's samples. ``lengths``, ``supervised``, ``rows``: one number a sample; ``folded``: one a row."""
+
+    source: Source
+    folder: Path
+    meta: dict[str, Any]
+    columns: dict[str, np.ndarray[Any, Any]]
+
+    @property
+    def mapping(self) -> str:
+        """What became of the columns, in words."""
+        return str(self.meta["mapping"])
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.diff(self.columns["ends"], prepend=0)
+
+    def named(self) -> list[Named]:
+        """Rows that were not taken as they stand."""
+        lines = (self.folder / "named.jsonl").read_text(encoding="utf-8").splitlines()
+        return [Named(**json.loads(line)) for line in lines]
+
+    def example(self, index: int) -> Example:
+        tokens, place = self._span("ends", index), self._span("place_ends", index)
+        weights = self.meta["weights"]
+        return Example(
+            ids=tuple(self.columns["ids"][tokens].tolist()),
+            weights=tuple(weights[mark] for mark in self.columns["marks"][tokens]),
+            where=self.columns["places"][place].tobytes().decode("utf-8", "surrogateescape"),
+        )
+
+    def _span(self, name: str, index: int) -> slice:
+        ends = self.columns[name]
+        return slice(int(ends[index - 1]) if index else 0, int(ends[index]))
+
+
+class Samples(Sequence[Example]):
+    """The chosen samples of several stores, one after the other, read from disk when they are asked for."""
+
+    def __init__(self, parts: Sequence[tuple[Stored, np.ndarray[Any, Any]]]) -> None:
+        import numpy as np
+
+        self.parts = tuple(parts)
+        self.lengths = np.concatenate([stored.lengths[chosen] for stored, chosen in parts])
+        self.supervised = np.concatenate([stored.columns["supervised"][chosen] for stored, chosen in parts])
+        self._starts = np.cumsum([0, *(len(chosen) for _, chosen in parts)])
+
+    def part_list(self) -> list[Part]:
+        """Whose samples these are, in order."""
+        return [Part(name=one.source.path, samples=len(chosen), share=one.source.share) for one, chosen in self.parts]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        import numpy as np
+
+        if isinstance(index, slice):
+            return tuple(self[one] for one in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        stored, chosen = self.parts[part]
+        return stored.example(int(chosen[index - self._starts[part]]))
+
+
+def cache_folder() -> Path:
+    """Where stores lie: the user's cache folder, as the desktop's convention has it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / "rows"
+
+
+def open_source(reader: Reader, window: Window, progress: dataset.Progress = dataset.silent) -> Stored:
+    """The source's samples, from the cache or made now.
+
+    Raises:
+        DataError: rows that cannot be trained, each by its place; or none is left.
+        EnvironmentFault: the cache cannot be written.
+    """
+    folder = cache_folder() / key(reader, window)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # of two runs that need it one makes it
+            if not folder.is_dir() or manifest.faults(folder):
+                _build(folder, reader, window, progress)
+            return _load(folder, reader.source)
+    except OSError as error:
+        fix = "name a folder that can be written in XDG_CACHE_HOME"
+        raise EnvironmentFault(f"the cache cannot be used: {error.strerror}", str(folder.parent), fix) from None
+
+
+def key(reader: Reader, window: Window) -> str:
+    """A digest of all that the samples depend on. Raises DataError where a file cannot be read."""
+    source, renderer = reader.source, window.renderer
+    tokenizer: Any = renderer.tokenizer
+    package = Path(__file__).parent
+    code = [path for name in _SHAPING for path in sorted([*package.glob(f"{name}.py"), *package.glob(f"{name}/*.py")])]
+    try:
+        data = {str(file): manifest.digest(file) for file in source.files()} or source.revision
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", source.path, "check it") from None
+    what = {
+        "data": data,
+        "source": [source.path, source.format, dict(source.columns), source.split, source.subset],
+        "refused": [reader.special_tokens, reader.literals],
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "ends": [renderer.stop_token, tokenizer.eos_token],
+        "rendering": [renderer.piecewise, renderer.train_on, renderer.thinking, renderer.literals],
+        "window": [window.max_length, window.policy],
+        "code": [__version__, *(manifest.digest(path) for path in code)],
+    }
+    return manifest.digest_bytes(json_bytes(what))[:32]
+
+
+def _build(folder: Path, reader: Reader, window: Window, progress: dataset.Progress) -> None:
+    clear_leftovers_of(folder)
+    with atomic_folder(folder) as temporary:
+        with _Writer(temporary) as writer:
+            _fill(writer, reader, window, progress)
+        write_synced(temporary / "meta.json", json_bytes(writer.meta(reader)))
+        manifest.write(temporary, manifest.digests(temporary))
+    _prune(folder)
+
+
+def _fill(writer: _Writer, reader: Reader, window: Window, progress: dataset.Progress) -> None:
+    faults = Faults(reader.source.path)
+    samples = 0
+    for read in reader:
+        if read.number % _TOLD == 0:
+            progress(reader.source.path, read.number, read.done)
+        if isinstance(read.found, RowFault):
+            faults.add(read.where, read.found)
+            continue
+        faults.rows += 1
+        if read.found.ranked:
+            fix = (
+                "no objective of a recipe trains on ranked answers; to train on the chosen ones, write them as messages"
+            )
+            faults.add(read.where, RowFault("", "this row ranks answers", fix, code="ranked"))
+            continue
+        try:
+            placed = window.place(Row(conversation=read.found, where=read.where))
+        except DataError as error:
+            faults.put(error.faults[0])
+            continue
+        samples += len(placed.examples)
+        if not faults.first:
+            writer.add(read.number, placed.examples, placed.named)
+            writer.fold(dataset.folded(read.found.turns))
+    progress(reader.source.path, faults.rows, 1.0)
+    faults.raise_if_any()
+    refuse_empty(samples, window.max_length, reader.source.path)
+
+
+class _Writer:
+    """The files of a store, appended to row by row."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.weights: list[float] = [0.0, 1.0]
+        self.tokens = self.rows = self.places = 0
+
+    def __enter__(self) -> _Writer:
+        self.files: dict[str, IO[bytes]] = {name: (self.folder / name).open("wb") for name in _COLUMNS}
+        self.names = (self.folder / "named.jsonl").open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files.values():
+            file.close()
+        self.names.close()
+        for name in (*_COLUMNS, "named.jsonl"):
+            sync_file(self.folder / name)
+
+    def add(self, row: int, examples: Sequence[Example], named: Named | None) -> None:
+        for example in examples:
+            self.tokens += len(example.ids)
+            self._put("ids", example.ids)
+            self._put("marks", [self._number(weight) for weight in example.weights])
+            place = example.where.encode("utf-8", "surrogateescape")
+            self.places += len(place)
+            self._put("ends", [self.tokens])
+            self._put("supervised", [sum(weight > 0 for weight in example.weights)])
+            self._put("rows", [row])
+            self._put("places", place)
+            self._put("place_ends", [self.places])
+        if named:
+            self.names.write(json.dumps(named.to_dict(), ensure_ascii=False) + "\n")
+
+    def fold(self, digest: bytes) -> None:
+        self.rows += 1
+        self.files["folded"].write(digest)
+
+    def _put(self, name: str, values: Sequence[int]) -> None:
+        self.files[name].write(array(_COLUMNS[name], values).tobytes())
+
+    def _number(self, weight: float) -> int:
+        """A weight's number. A file has few different ones; beyond 256 a byte would not hold them."""
+        if weight not in self.weights:
+            if len(self.weights) > 255:
+                raise DataError("more than 254 different weights", str(self.folder), "round them")
+            self.weights.append(weight)
+        return self.weights.index(weight)
+
+    def meta(self, reader: Reader) -> dict[str, Any]:
+        return {"weights": self.weights, "rows": self.rows, "tokens": self.tokens, "mapping": reader.mapping}
+
+
+def _load(folder: Path, source: Source) -> Stored:
+    import numpy as np
+
+    os.utime(folder)  # used now: pruning takes the longest unused
+    columns: dict[str, np.ndarray[Any, Any]] = {}
+    for name, form in _COLUMNS.items():
+        path, kind = folder / name, np.dtype(form)
+        columns[name] = np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
+    return Stored(source=source, folder=folder, meta=read_json(folder / "meta.json"), columns=columns)
+
+
+def _prune(kept: Path) -> None:
+    """Take away the stores that were not used for longest, and what killed writers left long ago."""
+    everything = [path for path in kept.parent.iterdir() if path.is_dir() and path != kept]
+    stale = [path for path in everything if ".tmp-" in path.name and time.time() - path.stat().st_mtime > _DAY]
+    stores = [path for path in everything if ".tmp-" not in path.name]
+    stale += sorted(stores, key=lambda one: one.stat().st_mtime, reverse=True)[_KEPT - 1 :]
+    for path in stale:
+        remove(path) if ".tmp-" in path.name else discard(path)
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MARK = re.compile("\ue000(\\d+)\ue001")
 # A block of thinking with the white space behind it, up to its last newline: there no tokenizer joins two pieces.
 _THINKING = re.compile(r"\s*<think>.*?</think>(?:\s*\n)?", re.DOTALL)
-_EDGE = 64
+_EDGE = 24
 """Characters of an answer within which a token that reaches back into the prompt would be seen."""
 _REMOVE = "this template cannot be trained on such a row; remove it"
 
@@ -56,6 +56,8 @@ class Renderer:
         self.train_on = train_on
         self.thinking = thinking
         self.literals = tuple(literals)
+        self._backend: Any = tokenizer.backend_tokenizer
+        self._frames: dict[str, tuple[int, ...]] = {}
 
     def text(self, conversation: Conversation, where: str, *, prompt: bool) -> str:
         """The template's text; with ``prompt`` it ends where the assistant begins to answer. Raises DataError."""
@@ -90,8 +92,9 @@ class Renderer:
 
     def encode(self, text: str, sign: str = "") -> tuple[int, ...]:
         """The ids of rendered text. ``sign`` encloses the number of each literal that stands in it."""
-        if not sign:
-            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        if not sign:  # the wrapper around the backend takes longer than the backend
+            self._backend.encode_special_tokens = False
+            return tuple(self._backend.encode(text, add_special_tokens=False).ids)
         ids: list[int] = []
         for index, part in enumerate(re.split(f"{sign}(\\d+){sign}", text)):
             ids += self._plain(self.literals[int(part)]) if index % 2 else self.encode(part)
@@ -194,7 +197,7 @@ class Renderer:
         block = _THINKING.match(answer) if self.thinking == "mask" else None
         unseen = self.encode(block.group(), sign) if block else ()
         said = self.encode(answer[block.end() if block else 0 :] + stop, sign)
-        ids = self.prompt(row.conversation.upto(index), row.where)
+        ids = self.prompt(row.conversation.upto(index), row.where) if self.piecewise else self.encode(prompt, sign)
         return _Piece(
             prompt=ids, ids=unseen + said, weights=(0.0,) * len(unseen) + (turn.weight,) * len(said),
             apart=bool(sign) or self._fuses(ids, prompt, answer),
@@ -205,7 +208,10 @@ class Renderer:
         if self.piecewise and ids != self.encode(prompt):
             return True
         frame = prompt[prompt.rfind(">") + 1 :]  # what follows the last control token
-        return self.encode(frame + answer[:_EDGE])[: len(self.encode(frame))] != self.encode(frame)
+        if frame not in self._frames:
+            self._frames = {frame: self.encode(frame)}  # nearly always the same one
+        alone = self._frames[frame]
+        return self.encode(frame + answer[:_EDGE])[: len(alone)] != alone
 
     def _refuse_unsaid(self, turn: Turn, answer: str, where: str) -> None:
         """What a turn has besides its content, and the template passes over."""

@@ -226,7 +226,7 @@ class _Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.weights: list[float] = [0.0, 1.0]
+        self.weights: dict[float, int] = {0.0: 0, 1.0: 1}
         self.tokens = self.rows = self.places = 0
 
     def __enter__(self) -> _Writer:
@@ -245,11 +245,11 @@ class _Writer:
         for example in examples:
             self.tokens += len(example.ids)
             self._put("ids", example.ids)
-            self._put("marks", [self._number(weight) for weight in example.weights])
+            self._put("marks", self._numbers(example.weights))
             place = example.where.encode("utf-8", "surrogateescape")
             self.places += len(place)
             self._put("ends", [self.tokens])
-            self._put("supervised", [sum(weight > 0 for weight in example.weights)])
+            self._put("supervised", [len(example.weights) - example.weights.count(0.0)])
             self._put("rows", [row])
             self._put("places", place)
             self._put("place_ends", [self.places])
@@ -263,16 +263,16 @@ class _Writer:
     def _put(self, name: str, values: Sequence[int]) -> None:
         self.files[name].write(array(_COLUMNS[name], values).tobytes())
 
-    def _number(self, weight: float) -> int:
-        """A weight's number. A file has few different ones; beyond 256 a byte would not hold them."""
-        if weight not in self.weights:
+    def _numbers(self, weights: Sequence[float]) -> list[int]:
+        """Each weight's number. A source has few different ones; beyond 256 a byte would not hold them."""
+        for weight in set(weights) - self.weights.keys():
             if len(self.weights) > 255:
                 raise DataError("more than 254 different weights", str(self.folder), "round them")
-            self.weights.append(weight)
-        return self.weights.index(weight)
+            self.weights[weight] = len(self.weights)
+        return [self.weights[weight] for weight in weights]
 
     def meta(self, reader: Reader) -> dict[str, Any]:
-        return {"weights": self.weights, "rows": self.rows, "tokens": self.tokens, "mapping": reader.mapping}
+        return {"weights": list(self.weights), "rows": self.rows, "tokens": self.tokens, "mapping": reader.mapping}
 
 
 def _load(folder: Path, source: Source) -> Stored:

@@ -24,7 +24,9 @@ def load(folder: Path, terminal: Terminal) -> Policy:
         form = loading.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
         return model.load_base(found, form)
     prepared, files = finished.open_run(folder)
-    return finished.live(prepared, files, terminal)[1]
+    policy = finished.live(prepared, files, terminal)[1]
+    policy.renderer.thinking = prepared.recipe.data.thinking  # asks as the run was trained to be asked
+    return policy
 
 
 def _refuse_damaged(folder: Path) -> None:

@@ -7,7 +7,7 @@ parameters. Training those very rows costs 20,480.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,8 +44,10 @@ class ControlTokens:
         return {"embed_tokens": ids} | ({} if tied else {"lm_head": ids})
 
 
-def resolve(located: Located, base: Base, renderer: Renderer) -> ControlTokens:
+def resolve(located: Located, base: Base, renderer: Renderer, met: Collection[int] = ()) -> ControlTokens:
     """The recipe's ``trainable_tokens``: those it names, or under ``auto`` those of the template that look untrained.
+
+    ``met``: ids of added tokens that the samples hold; a template writes more of them around tools and thinking.
 
     Raises:
         RecipeError: a name that is no token, or rows that the adapter trains already.
@@ -58,7 +60,7 @@ def resolve(located: Located, base: Base, renderer: Renderer) -> ControlTokens:
         return ControlTokens(ids={name: _id_of(name, renderer, where) for name in wanted})
     if taken:
         return ControlTokens(ids={})
-    found = untrained(base, template_tokens(renderer), _unused(base, renderer))
+    found = untrained(base, template_tokens(renderer, met), _unused(base, renderer))
     if not found:
         return ControlTokens(ids={})
     names = ", ".join(found)
@@ -90,13 +92,13 @@ def _id_of(name: str, renderer: Renderer, where: str) -> int:
     return ids[0]
 
 
-def template_tokens(renderer: Renderer) -> dict[str, int]:
-    """The control tokens that a conversation is framed with, by name."""
+def template_tokens(renderer: Renderer, met: Collection[int] = ()) -> dict[str, int]:
+    """The control tokens that a conversation is framed with, and those ``met`` in samples, by name."""
     from finetune.conversation import Conversation, Turn
 
     special = renderer.tokenizer.added_tokens_decoder
     frame = renderer.prompt(Conversation((Turn(role="user", content="x"),))) + renderer.encode(renderer.stop_token)
-    return {special[token].content: token for token in dict.fromkeys(frame) if token in special}
+    return {special[token].content: token for token in dict.fromkeys([*frame, *sorted(met)]) if token in special}
 
 
 def _unused(base: Base, renderer: Renderer) -> list[int]:

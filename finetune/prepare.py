@@ -81,7 +81,7 @@ def prepare(
     renderer = _renderer(located, base)
     gathered = gather.gather(located.recipe, renderer, progress)
     _refuse_long_answers(located, base, gathered.held_out)
-    rows_trained = control_tokens.resolve(located, base, renderer)
+    rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
     load = _load(located.recipe, gathered)
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -117,6 +117,10 @@ class Samples(Sequence[Example]):
         """Whose samples these are, in order."""
         return [Part(name=one.source.path, samples=len(chosen), share=one.source.share) for one, chosen in self.parts]
 
+    def added_tokens(self) -> set[int]:
+        """Which of the tokenizer's added tokens occur."""
+        return {token for stored, _ in self.parts for token in stored.meta["added_tokens"]}
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -184,7 +188,7 @@ def key(reader: Reader, window: Window) -> str:
 def _build(folder: Path, reader: Reader, window: Window, progress: dataset.Progress) -> None:
     clear_leftovers_of(folder)
     with atomic_folder(folder) as temporary:
-        with _Writer(temporary) as writer:
+        with _Writer(temporary, window.renderer.tokenizer.added_tokens_decoder) as writer:
             _fill(writer, reader, window, progress)
         write_synced(temporary / "meta.json", json_bytes(writer.meta(reader)))
         manifest.write(temporary, manifest.digests(temporary))
@@ -224,8 +228,9 @@ def _fill(writer: _Writer, reader: Reader, window: Window, progress: dataset.Pro
 class _Writer:
     """The files of a store, appended to row by row."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, added: Collection[int]) -> None:
+        self.folder, self.added = folder, frozenset(added)
+        self.met: set[int] = set()
         self.weights: dict[float, int] = {0.0: 0, 1.0: 1}
         self.tokens = self.rows = self.places = 0
 
@@ -244,6 +249,7 @@ class _Writer:
     def add(self, row: int, examples: Sequence[Example], named: Named | None) -> None:
         for example in examples:
             self.tokens += len(example.ids)
+            self.met |= self.added.intersection(example.ids)
             self._put("ids", example.ids)
             self._put("marks", self._numbers(example.weights))
             place = example.where.encode("utf-8", "surrogateescape")
@@ -272,7 +278,10 @@ class _Writer:
         return [self.weights[weight] for weight in weights]
 
     def meta(self, reader: Reader) -> dict[str, Any]:
-        return {"weights": list(self.weights), "rows": self.rows, "tokens": self.tokens, "mapping": reader.mapping}
+        return {
+            "weights": list(self.weights), "rows": self.rows, "tokens": self.tokens, "mapping": reader.mapping,
+            "added_tokens": sorted(self.met),
+        }  # fmt: skip
 
 
 def _load(folder: Path, source: Source) -> Stored:

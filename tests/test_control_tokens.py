@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finetune import base as bases
 from finetune import control_tokens, finished, tokenizer
@@ -160,3 +160,25 @@ def test_a_tied_base_has_one_matrix(work: Path, build_tiny: Build) -> None:
     assert said.code == 0, said.err
     awake(OUTPUT / "adapter")
     assert runs.merge_run().code == 0
+
+
+def test_tokens_that_only_the_data_holds_are_looked_at_too(work: Path) -> None:
+    """A tool's frame, say, which a plain conversation's prompt does not show."""
+    path = Path("base/tokenizer.json")
+    file = json.loads(path.read_text())
+    number = max(token["id"] for token in file["added_tokens"]) + 1
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": number, "content": "<call>", "special": False})
+    path.write_text(json.dumps(file))
+
+    tensors = load_file("base/model.safetensors")
+    tensors["model.embed_tokens.weight"][number] *= 0.05
+    save_file(tensors, "base/model.safetensors", {"format": "pt"})
+
+    def rows() -> object:
+        said = runs.finetune("plan", "r.yaml", "--json")
+        assert said.code == 0, said.err
+        return json.loads(said.out)["adapter_fields"].get("trainable_token_indices")
+
+    assert rows() is None
+    runs.write_rows(Path("train.jsonl"), [runs.chat(f"{n}", "<call>x") for n in range(9)])
+    assert rows() == {"embed_tokens": [number], "lm_head": [number]}

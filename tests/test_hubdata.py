@@ -395,3 +395,27 @@ def test_columns_that_change_their_type(hub: DataHub) -> None:
     shards(hub, parquet([{"text": ["no", "text"], "label": 1}]))
     said = refused(DataError)
     assert "after row" in said
+
+
+def test_a_recipe_trains_on_a_data_set_of_the_hub(hub: DataHub, work: Path) -> None:
+    """Checked, trained, resumed: at the commit that the branch meant, and refused once it means another."""
+    from tests.runs import OUTPUT, chat, finetune, train
+
+    hub.commits[NEW]["train.jsonl"] = jsonl([chat(f"{n}", "x") for n in range(9)])
+    hub.commits[NEW]["test.jsonl"] = jsonl([chat("held", "x")])
+    said = finetune("data", "check", REPO, "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["summary"]["trainable"] == 9
+    changes = (f"data.train_path={REPO}", f"data.eval_path={REPO}", "evaluate.metrics=[loss]", "train.steps=2")
+    said = train(*changes)
+    assert said.code == 0, said.err
+    identity = json.loads((OUTPUT / "identity.json").read_text())
+    assert identity["data"] == {REPO: NEW}
+    assert "nothing to do" in train(*changes).out
+    hub.commits[OLD]["train.jsonl"], hub.commits[OLD]["test.jsonl"] = (
+        hub.commits[NEW][name] for name in ("train.jsonl", "test.jsonl")
+    )
+    hub.refs["main"] = OLD
+    said = train(*changes)
+    assert said.code == 3
+    assert f"{REPO}: this file is not the one that the run began with" in said.err

@@ -20,8 +20,9 @@ from typing import Annotated
 
 import typer
 
-from finetune import __version__
+from finetune import __version__, datacli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
+from finetune.options import Overrides, RecipePath, check_recipe, silent
 from finetune.terminal import Terminal, clean
 
 app = typer.Typer(
@@ -31,10 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="override a key: --set train.steps=20", metavar="KEY=VALUE")
-]
 RunPath = Annotated[Path, typer.Argument(help="the run's folder (`output:` of its recipe)", show_default=False)]
 
 
@@ -70,10 +67,10 @@ def plan(
     ] = None,
 ) -> None:
     """Check a recipe, its data and its model, and say what a run would do and cost."""
-    _check_recipe(recipe, set_)
+    check_recipe(recipe, set_)
     from finetune import pipeline
 
-    made = pipeline.plan(recipe, set_ or (), _silent() if as_json else Terminal(), card)
+    made = pipeline.plan(recipe, set_ or (), silent() if as_json else Terminal(), card)
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=2))
 
@@ -85,54 +82,13 @@ def train(
     extend: Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")] = False,
 ) -> None:
     """Run a recipe, or go on with it where it was interrupted."""
-    _check_recipe(recipe, set_)
+    check_recipe(recipe, set_)
     from finetune import pipeline
 
     pipeline.train(recipe, set_ or (), Terminal(), extend=extend)
 
 
-data_app = typer.Typer(help="Judge data before anything is paid for.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-_BAD_ROWS = 3
-
-
-@data_app.command(name="check")
-def data_check(
-    source: Annotated[Path, typer.Argument(help="a data file, or a recipe", show_default=False)],
-    set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
-    format_: Annotated[str, typer.Option("--format", help="layout of a row; auto looks at the columns")] = "auto",
-    fix: Annotated[Path | None, typer.Option("--fix", help="write a repaired copy there, and a log beside it")] = None,
-) -> None:
-    """Find every row that cannot be trained, and what is odd about the others. Exit 3 where there is an error."""
-    from finetune import pipeline
-
-    reports = pipeline.data_check(source, set_ or (), _silent() if as_json else Terminal(), format_)
-    if as_json:
-        typer.echo(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
-    if fix is not None:
-        pipeline.data_fix(source, fix, _silent() if as_json else Terminal(), format_)
-    if any(report["summary"]["errors"] for report in reports):
-        raise typer.Exit(_BAD_ROWS)
-
-
-@data_app.command(name="show")
-def data_show(
-    recipe: RecipePath,
-    set_: Overrides = None,
-    row: Annotated[
-        int | None, typer.Option("--row", help="one training row, from 1; else the first ones", min=1)
-    ] = None,
-    step: Annotated[int | None, typer.Option("--step", help="the micro-batches of one step, from 1", min=1)] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page instead")] = None,
-) -> None:
-    """Show exactly what the model will see, token by token: what is trained, what is only read, where it ends."""
-    if row is not None and step is not None:
-        raise typer.BadParameter("give --row or --step", param_hint="--step")
-    _check_recipe(recipe, set_)
-    from finetune import pipeline
-
-    pipeline.data_show(recipe, set_ or (), Terminal(), row=row, step=step, html=html)
+app.add_typer(datacli.app, name="data")
 
 
 @app.command(name="eval")
@@ -214,17 +170,6 @@ def summary(run: RunPath, began: float) -> None:
     from finetune import pipeline
 
     pipeline.summary(run, time.time() - began, Terminal())
-
-
-def _check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
-    """Refuse a faulty recipe before torch is imported."""
-    from finetune import recipe as recipes
-
-    recipes.load(recipe, overrides or ())
-
-
-def _silent() -> Terminal:
-    return Terminal(out=io.StringIO(), quiet=True)
 
 
 def main_in_process(arguments: Sequence[str]) -> int:

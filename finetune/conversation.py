@@ -33,6 +33,8 @@ SYNONYMS = {
     "function": "tool",
     "observation": "tool",
 }
+# A block of thinking with the white space behind it, up to its last newline: there no tokenizer joins two pieces.
+THINKING = re.compile(r"\s*<think>.*?</think>(?:\s*\n)?", re.DOTALL)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -88,6 +90,12 @@ class Conversation:
     def upto(self, end: int) -> Conversation:
         """Its first ``end`` turns."""
         return replace(self, turns=self.turns[:end])
+
+
+def without_thinking(text: str) -> str:
+    """An answer without the block of thinking that it opens with."""
+    block = THINKING.match(text)
+    return text[block.end() :] if block else text
 
 
 def as_context(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

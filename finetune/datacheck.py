@@ -6,19 +6,18 @@ a few bytes a row, whatever its length.
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from finetune import dataset
-from finetune.conversation import Conversation, RowFault, Turn
+from finetune import dataset, similar, texts
+from finetune.conversation import Conversation, RowFault
 from finetune.dataset import Read, Reader
 from finetune.errors import DataError
-from finetune.recipe import secrets_shape
+from finetune.repeats import Met, Repeats, every_turn
+from finetune.texts import Languages
 
 if TYPE_CHECKING:
     from finetune.window import Window
@@ -28,12 +27,6 @@ CONTROL = (
     "<|end_header_id|>",
 )  # fmt: skip
 """Control tokens of the families' templates, for a file that is judged without a model."""
-_PERSONAL = re.compile(
-    r"(?P<email>[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{2,63})+)"
-    r"|(?P<card>(?<![\d-])(?:\d{4}[ -]){3}\d{4}(?![\d-]))"
-    r"|(?P<iban>(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?!\w))"
-)
-_MOJIBAKE = re.compile("Ã[\u0080-\u00bf]|â€[\u0080-\u00bf\u2122\u0153\u009d]|Â[\u00a0-\u00bf]|\ufffd")
 _SHOWN, _KEPT, _TOLD = 20, 10_000, 1000
 """Findings of one kind that are printed, and that are kept for the JSON; rows between two signs of life."""
 _LONG, _FEW = 20, 20
@@ -86,6 +79,11 @@ class Report:
                 )
             )  # fmt: skip
 
+    def repeated(self, found: Iterable[tuple[Read, RowFault]]) -> None:
+        """Note rows that were met before."""
+        for read, fault in found:
+            self.add(read, fault, "warning")
+
     def lines(self) -> list[str]:
         """The findings for a reader: the first of each kind, how many there are, and the sum."""
         shown: Counter[str] = Counter()
@@ -116,46 +114,63 @@ class Report:
         }
 
 
-@dataclass
-class Seen:
-    """Digests of the rows that were met: as they stand, and with white space and case aside."""
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is looked for besides faults: near copies, languages (each where its package is there), and with
+    ``personal`` more personal data than the patterns find."""
 
-    exact: dict[bytes, str] = field(default_factory=dict)
-    folded: dict[bytes, str] = field(default_factory=dict)
+    near: bool = field(default_factory=similar.available)
+    languages: bool = field(default_factory=texts.can_tell_languages)
+    personal: texts.Personal | None = None
+
+    def notes(self) -> list[str]:
+        """What is not looked for, and why."""
+        missing = [name for name, there in (("near copies", self.near), ("languages", self.languages)) if not there]
+        fix = "pip install 'finetune-qwen[data]'"
+        return [f"{' and '.join(missing)} were not looked for ({fix})"] if missing else []
 
 
 def check(
-    reader: Reader, *, seen: Seen | None = None, trained: Seen | None = None, fitting: Window | None = None,
-    progress: dataset.Progress = dataset.silent,
+    reader: Reader, *, search: Search | None = None, met: Met | None = None, trained: Met | None = None,
+    fitting: Window | None = None, progress: dataset.Progress = dataset.silent,
 ) -> Report:  # fmt: skip
     """Judge one source.
 
     Args:
-        seen: rows met in other sources of the same training data; this one's are added.
+        met: rows met in other sources of the same training data; this one's are added.
         trained: the training rows, where this source is to judge what was trained on them.
         fitting: the model's renderer and window, where answers that do not fit are to be found too.
 
     Raises:
         DataError: the source itself cannot be read.
     """
-    source = reader.source.path
-    report, seen, lengths = Report(file=source), Seen() if seen is None else seen, array("q")
+    source, search = reader.source.path, search or Search()
+    met = Met(near=search.near) if met is None else met
+    report, lengths, languages = Report(file=source, notes=search.notes()), array("q"), Languages()
+    repeats = Repeats(met, trained)
+    met.begin(source)
     for read in reader:
         report.rows += 1
         if report.rows % _TOLD == 0:
             progress(source, report.rows, read.done)
         if isinstance(read.found, RowFault):
             report.add(read, read.found, "error")
+            met.skip()
             continue
         unfit = list(_unfit(read.found, read.where, fitting)) if fitting else []
         report.trainable += not any(severity == "error" for _, severity in unfit)
         for fault, severity in unfit:
             report.add(read, fault, severity)
-        for fault in (*_text_warnings(read.found), *_repeats(read.found, read.where, seen, trained)):
+        for fault in _odd(read.found, search):
             report.add(read, fault, "warning")
+        report.repeated(repeats.look(read, read.found))
+        if search.languages:
+            languages.add(read.where, read.found.turns[-1].content)
         lengths.append(sum(len(turn.content) for turn in read.found.turns))
+    report.repeated(repeats.rest())
     progress(source, report.rows, 1.0)
     report.mapping = reader.mapping
+    _add_strays(report, languages)
     _add_outliers(report, lengths)
     if not report.rows:
         fault = RowFault("", "there are no rows in this file", "give a file with at least one row", code="empty_file")
@@ -182,46 +197,20 @@ def _unfit(conversation: Conversation, where: str, fitting: Window) -> Iterator[
             yield RowFault("", what, "nothing, if the row is meant so", code="pieces"), "warning"
 
 
-def _every_turn(conversation: Conversation) -> tuple[Turn, ...]:
-    """The turns, and those of the rejected ending that are not among them."""
-    return *conversation.turns, *(turn for turn in conversation.rejected if turn not in conversation.turns)
+def _odd(conversation: Conversation, search: Search) -> Iterator[RowFault]:
+    for number, turn in enumerate(every_turn(conversation), 1):
+        for oddity in texts.oddities(turn.content, search.personal):
+            yield RowFault(f"turn {number} ({turn.role})", oddity.message, oddity.fix, code=oddity.code)
 
 
-def _text_warnings(conversation: Conversation) -> Iterator[RowFault]:
-    for number, turn in enumerate(_every_turn(conversation), 1):
-        place = f"turn {number} ({turn.role})"
-        if any(True for _ in secrets_shape.spots(turn.content)):
-            yield RowFault(place, "holds something shaped like a secret", "remove it and revoke it", code="secret")
-        if found := _PERSONAL.search(turn.content):
-            kind = {"email": "an e-mail address", "card": "a card number", "iban": "an IBAN"}[found.lastgroup or ""]
-            yield RowFault(place, f"holds {kind} at {found.start()}", "replace it if it is real", code="personal_data")
-        if found := _MOJIBAKE.search(turn.content):
-            what = f"looks wrongly decoded at {found.start()}: {found.group()!r}"
-            yield RowFault(place, what, "decode the source as UTF-8", code="mojibake")
-
-
-def _repeats(conversation: Conversation, where: str, seen: Seen, trained: Seen | None) -> Iterator[RowFault]:
-    """Rows that were met before, among those that are trained or in the same source."""
-    turns = _every_turn(conversation)
-    exact = _digest(f"{turn.role}\0{turn.content}" for turn in turns)
-    folded = dataset.folded(turns)
-    if exact in seen.exact:
-        yield RowFault("", f"is row {seen.exact[exact]} again", "drop one", code="duplicate")
-    elif folded in seen.folded:
-        what = f"is row {seen.folded[folded]} again but for white space and case"
-        yield RowFault("", what, "drop one", code="near_duplicate")
-    if trained and exact in trained.exact:
-        what = f"is training row {trained.exact[exact]} too: a score on it flatters"
-        yield RowFault("", what, "hold it out", code="leak")
-    elif trained and folded in trained.folded:
-        what = f"is training row {trained.folded[folded]} but for white space and case: a score on it flatters"
-        yield RowFault("", what, "hold it out", code="leak")
-    seen.exact.setdefault(exact, where)
-    seen.folded.setdefault(folded, where)
-
-
-def _digest(texts: Iterable[str]) -> bytes:
-    return blake2b("\1".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _add_strays(report: Report, languages: Languages) -> None:
+    """Answers in another language than nine tenths of them are, in one finding for each language."""
+    for stray in languages.strays():
+        what = f"{stray.rows} answers look like {stray.language!r}, nine in ten like {languages.main()!r}"
+        fault = RowFault(
+            "", f"{what}; the first are {', '.join(stray.first)}", "see whether they belong", code="language"
+        )
+        report.add(None, fault, "warning")
 
 
 def _add_outliers(report: Report, lengths: Sequence[int]) -> None:

@@ -10,28 +10,30 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from finetune import conversation, formats, records
+from finetune import dataset
 from finetune.conversation import RowFault
+from finetune.dataset import Reader
 from finetune.errors import DataError, EnvironmentFault
+from finetune.records import Record
 from finetune.runfolder import disk_fault, sync_file, sync_folder
 
+_TOLD = 1000
 _MOST_REPAIRS = 50
 
 
-def fix(
-    source: Path, out: Path, format_name: str, special_tokens: Sequence[str],
-    progress: Callable[[int], None] = lambda rows: None,
-) -> dict[str, int]:  # fmt: skip
+def fix(reader: Reader, out: Path, progress: dataset.Progress = dataset.silent) -> dict[str, int]:
     """Write the repaired copy to ``out`` as JSONL and its log to ``out`` with ``.log.jsonl`` behind it.
 
     Returns how many rows were kept as they are, mended and left out.
 
     Raises:
-        DataError: the source cannot be read.
+        DataError: the source cannot be read, or its format is not seen.
         EnvironmentFault: a file is in the way, or the disk refuses.
     """
     log = out.with_name(f"{out.name}.log.jsonl")
@@ -42,7 +44,7 @@ def fix(
         raise DataError("the repaired copy is JSONL", str(out), "name it .jsonl")
     parts = [path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in (out, log)]
     try:
-        counts = _write(source, parts, format_name, special_tokens, progress)
+        counts = _write(reader, parts, progress)
         for part, path in zip(parts, (out, log), strict=True):
             part.rename(path)
         sync_folder(out.absolute().parent)
@@ -54,32 +56,27 @@ def fix(
     return counts
 
 
-def _write(
-    source: Path, parts: Sequence[Path], format_name: str, special_tokens: Sequence[str],
-    progress: Callable[[int], None],
-) -> dict[str, int]:  # fmt: skip
+def _write(reader: Reader, parts: Sequence[Path], progress: dataset.Progress) -> dict[str, int]:
     counts = {"kept": 0, "mended": 0, "left out": 0}
-    seen: set[str] = set()
-    reader = None
+    seen: set[bytes] = set()
     with parts[0].open("w", encoding="utf-8") as rows, parts[1].open("w", encoding="utf-8") as log:
 
-        def tell(record: records.Record, done: str, fault: RowFault) -> None:
+        def tell(record: Record, done: str, fault: RowFault) -> None:
             entry = {"row": record.number, "line": record.place, "done": done, "code": fault.code,
                      "column": fault.column, "message": fault.what}  # fmt: skip
             log.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-        for record in records.read(source):
-            progress(record.number)
+        for where, record in reader.source.records():
+            if record.number % _TOLD == 0:
+                progress(reader.source.path, record.number, record.done)
             value, changes, fault = record.value, list[RowFault](), record.fault
             if value is not None:
-                if reader is None:
-                    try:
-                        reader = formats.get(formats.detect(value) if format_name == "auto" else format_name)
-                    except RowFault as unread:
-                        raise DataError(unread.what, f"{source}:{record.place}", unread.fix) from None
-                value, changes, fault = _mended(value, reader, special_tokens)
+                value, changes, fault = _mended(value, record, reader)
+            if fault is not None and fault.code in ("unknown_format", "ambiguous_format"):
+                raise DataError(fault.what, where, fault.fix)
             text = json.dumps(value, ensure_ascii=False)
-            if fault is None and text in seen:
+            digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            if fault is None and digest in seen:
                 fault = RowFault("", "stands there already", code="duplicate")
             for change in changes if fault is None else ():
                 tell(record, "mended", change)
@@ -87,7 +84,7 @@ def _write(
                 tell(record, "left out", fault)
                 counts["left out"] += 1
                 continue
-            seen.add(text)
+            seen.add(digest)
             counts["mended" if changes else "kept"] += 1
             rows.write(text + "\n")
     for part in parts:
@@ -96,15 +93,15 @@ def _write(
 
 
 def _mended(
-    value: dict[str, Any], reader: formats.Format, special_tokens: Sequence[str]
+    value: dict[str, Any], record: Record, reader: Reader
 ) -> tuple[dict[str, Any], list[RowFault], RowFault | None]:
     """(the row as it may be trained, what was changed in it, what cannot be mended)."""
     value, changes = copy.deepcopy(value), list[RowFault]()
     for _ in range(_MOST_REPAIRS):
         try:
-            conversation.check(reader.read(value), special_tokens)
+            reader.conversation(replace(record, value=value))
         except RowFault as fault:
-            if not _mend(value, fault):
+            if not _mend(value, fault, reader.source.columns):
                 return value, changes, fault
             changes.append(fault)
         else:
@@ -112,15 +109,17 @@ def _mended(
     return value, changes, changes[-1]
 
 
-def _mend(value: dict[str, Any], fault: RowFault) -> bool:
-    """Change the row where what it means is certain; whether it was."""
+def _mend(value: dict[str, Any], fault: RowFault, columns: Mapping[str, str]) -> bool:
+    """Change the row where what it means is certain; whether it was. ``columns``: what the row calls the format's."""
     if fault.code == "nul":
         _strip_nul(value)
         return True
     guess = re.search(r"did you mean '(\w+)'", fault.fix)
     if fault.code != "unknown_role" or guess is None:
         return False
-    holder, last = _place(value, fault.column)
+    first = re.match(r"\w*", fault.column)
+    name = first[0] if first else ""
+    holder, last = _place(value, columns.get(name, name) + fault.column[len(name) :])
     if holder is None:
         return False
     holder[last] = guess[1]

@@ -135,7 +135,7 @@ class Reader:
         for where, record in self.source.records():
             found: Conversation | RowFault
             try:
-                found = self._conversation(record)
+                found = self.conversation(record)
             except RowFault as fault:
                 found = fault
             yield Read(number=record.number, where=where, found=found, done=record.done)
@@ -153,7 +153,8 @@ class Reader:
             kept[ours] = row[name]
         return kept
 
-    def _conversation(self, record: Record) -> Conversation:
+    def conversation(self, record: Record) -> Conversation:
+        """What a record says. The first one that has a format decides it for all. Raises RowFault."""
         if record.value is None:
             assert record.fault is not None
             raise record.fault

@@ -10,7 +10,7 @@ from finetune.dataset import Reader, Row, Source
 from finetune.evaluate import HeldOut
 from finetune.recipe import Recipe
 from finetune.renderer import Renderer
-from finetune.store import Samples, Stored
+from finetune.samples import Samples, Stored
 from finetune.window import Named, Window
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import prepare, scores, source
+from finetune.dataset import Reader, Source
 from finetune.errors import EnvironmentFault
 from finetune.plan import Plan
 from finetune.report import plan_lines
@@ -48,18 +49,20 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
 
 
 def data_check(
-    source: Path, overrides: Sequence[str], terminal: Terminal, format_name: str = "auto"
+    source: Source | Path, overrides: Sequence[str], terminal: Terminal, *, personal: bool = False
 ) -> list[dict[str, Any]]:
-    """Judge a data file or folder, or the data of a recipe with its model's tokenizer; one report a source."""
-    from finetune import datacheck
-    from finetune.dataset import Reader, Source
+    """Judge a source, or the data of a recipe (a path) with its model's tokenizer; one report a source.
+
+    ``personal``: look for more personal data than the patterns find.
+    """
+    from finetune import datacheck, texts
 
     show = _reading(terminal, "checking")
-    if source.suffix in (".yaml", ".yml"):
-        reports = prepare.check_data(source, overrides, show)
+    search = datacheck.Search(personal=texts.presidio() if personal else None)
+    if isinstance(source, Path):
+        reports = prepare.check_data(source, overrides, show, search)
     else:
-        reader = Reader(Source(path=str(source), format=format_name), datacheck.CONTROL)
-        reports = [datacheck.check(reader, progress=show)]
+        reports = [datacheck.check(Reader(source, datacheck.CONTROL), search=search, progress=show)]
     for report in reports:
         for line in report.lines():
             terminal.say(line)
@@ -80,11 +83,11 @@ def _reading(terminal: Terminal, verb: str) -> Callable[[str, int, float], None]
     return show
 
 
-def data_fix(source: Path, out: Path, terminal: Terminal, format_name: str = "auto") -> None:
-    """Write a repaired copy of a data file, and a log of each change."""
+def data_fix(source: Source, out: Path, terminal: Terminal) -> None:
+    """Write a repaired copy of a source, and a log of each change."""
     from finetune import datacheck, datafix
 
-    counts = datafix.fix(source, out, format_name, datacheck.CONTROL)
+    counts = datafix.fix(Reader(source, datacheck.CONTROL), out, _reading(terminal, "mending"))
     terminal.say(f"{out}: " + ", ".join(f"{count} rows {what}" for what, count in counts.items()))
     terminal.say(f"each change: {out}.log.jsonl")
 

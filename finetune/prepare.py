@@ -34,8 +34,9 @@ from finetune.hardware import Hardware
 from finetune.plan import Plan
 from finetune.recipe import Located, Recipe
 from finetune.renderer import Renderer
+from finetune.repeats import Met
 from finetune.runfolder import RunFolder
-from finetune.store import Samples
+from finetune.samples import Samples
 from finetune.window import Named
 
 _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json says how far it reaches"
@@ -170,7 +171,9 @@ def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepa
     return Prepared(located=located, hardware=machine, base=None, plan=made, commit=None, samples=None, held_out=None)
 
 
-def check_data(path: Path, overrides: Sequence[str], progress: dataset.Progress) -> list[datacheck.Report]:
+def check_data(
+    path: Path, overrides: Sequence[str], progress: dataset.Progress, search: datacheck.Search | None = None
+) -> list[datacheck.Report]:
     """The recipe's data, judged row by row: with the model's own tokenizer and window where the model is here."""
     located = recipe.locate(path, overrides)
     chosen = located.recipe
@@ -182,13 +185,14 @@ def check_data(path: Path, overrides: Sequence[str], progress: dataset.Progress)
         specials, fitting = gather.special_tokens(renderer), gather.window_of(chosen, renderer)
     judging = gather.judging_source(chosen)
     reports = []
-    trained = datacheck.Seen()
+    search = datacheck.Search() if search is None else search
+    met = Met(near=search.near)
     for place in gather.training_sources(chosen):
         rows = Reader(place, specials, chosen.data.literal_tokens)
-        reports.append(datacheck.check(rows, seen=trained, fitting=fitting, progress=progress))
+        reports.append(datacheck.check(rows, search=search, met=met, fitting=fitting, progress=progress))
     if judging is not None:
         rows = Reader(judging, specials, chosen.data.literal_tokens)
-        reports.append(datacheck.check(rows, trained=trained, fitting=fitting, progress=progress))
+        reports.append(datacheck.check(rows, search=search, trained=met, fitting=fitting, progress=progress))
     return reports
 
 

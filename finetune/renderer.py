@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from finetune.conversation import TEXT, Conversation, Turn
+from finetune.conversation import TEXT, THINKING, Conversation, Turn, without_thinking
 from finetune.dataset import Example, Question, Row
 from finetune.errors import DataError
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
-# A block of thinking with the white space behind it, up to its last newline: there no tokenizer joins two pieces.
-_THINKING = re.compile(r"\s*<think>.*?</think>(?:\s*\n)?", re.DOTALL)
 _EDGE = 24
 """Characters of an answer within which a token that reaches back into the prompt would be seen."""
 _REMOVE = "this template cannot be trained on such a row; remove it"
@@ -80,7 +78,7 @@ class Renderer:
     def _message(self, turn: Turn) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": turn.content}
         if self.thinking == "strip" and turn.role == "assistant":
-            message["content"] = _THINKING.sub("", turn.content, count=1) if "<think>" in turn.content else turn.content
+            message["content"] = without_thinking(turn.content)
         elif turn.thinking:
             message["reasoning_content"] = turn.thinking
         if turn.calls:
@@ -150,7 +148,11 @@ class Renderer:
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
         if last is None:
             raise DataError("plain text asks nothing", row.where, "use evaluate.metrics: [loss]")
-        answer = str(self._message(turns[last])["content"])
+        signed, sign = self._signed(row.conversation)
+        _, answer = self._halves(signed, last, row.where)
+        if sign:
+            answer = re.sub(f"{sign}(\\d+){sign}", lambda found: self.literals[int(found[1])], answer)
+        answer = without_thinking(answer)
         return Question(prompt=self.prompt(row.conversation.upto(last), row.where), answer=answer, where=row.where)
 
     def examples(self, row: Row) -> list[Example]:
@@ -184,24 +186,29 @@ class Renderer:
     def _answer(self, row: Row, index: int) -> _Piece:
         conversation, sign = self._signed(row.conversation)
         turn = conversation.turns[index]
-        prompt = self.text(conversation.upto(index), row.where, prompt=True)
-        full = self.text(conversation.upto(index + 1), row.where, prompt=False)
-        if not full.startswith(prompt):
-            what = "the chat template renders this answer differently from its own generation prompt"
-            raise DataError(what, row.where, _REMOVE)
-        answer, stop, _ = full[len(prompt) :].partition(self.stop_token)
-        if not stop:
-            what = f"the template ends the answer without {self.stop_token}: the model would never learn to stop"
-            raise DataError(what, row.where, "use a chat template that closes each turn")
+        prompt, answer = self._halves(conversation, index, row.where)
         self._refuse_unsaid(turn, answer, row.where)
-        block = _THINKING.match(answer) if self.thinking == "mask" else None
+        block = THINKING.match(answer) if self.thinking == "mask" else None
         unseen = self.encode(block.group(), sign) if block else ()
-        said = self.encode(answer[block.end() if block else 0 :] + stop, sign)
+        said = self.encode(answer[block.end() if block else 0 :] + self.stop_token, sign)
         ids = self.prompt(row.conversation.upto(index), row.where) if self.piecewise else self.encode(prompt, sign)
         return _Piece(
             prompt=ids, ids=unseen + said, weights=(0.0,) * len(unseen) + (turn.weight,) * len(said),
             apart=bool(sign) or self._fuses(ids, prompt, answer),
         )  # fmt: skip
+
+    def _halves(self, conversation: Conversation, index: int, where: str) -> tuple[str, str]:
+        """The prompt of the answer at ``index``, and the answer as the template renders it before its stop token."""
+        prompt = self.text(conversation.upto(index), where, prompt=True)
+        full = self.text(conversation.upto(index + 1), where, prompt=False)
+        if not full.startswith(prompt):
+            what = "the chat template renders this answer differently from its own generation prompt"
+            raise DataError(what, where, _REMOVE)
+        answer, stop, _ = full[len(prompt) :].partition(self.stop_token)
+        if not stop:
+            what = f"the template ends the answer without {self.stop_token}: the model would never learn to stop"
+            raise DataError(what, where, "use a chat template that closes each turn")
+        return prompt, answer
 
     def _fuses(self, ids: tuple[int, ...], prompt: str, answer: str) -> bool:
         """Whether prompt and answer in one piece would have other ids."""

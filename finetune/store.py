@@ -13,40 +13,32 @@ import os
 import time
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from finetune import __version__, dataset, manifest
+from finetune import __version__, dataset, manifest, samples
 from finetune.conversation import RowFault
-from finetune.dataset import Example, Faults, Reader, Row, Source
+from finetune.dataset import Example, Faults, Reader, Row
 from finetune.errors import DataError, EnvironmentFault
 from finetune.runfolder import (
     atomic_folder,
     clear_leftovers_of,
     discard,
     json_bytes,
-    read_json,
     remove,
     sync_file,
     write_synced,
 )
-from finetune.schedule import Part
+from finetune.samples import COLUMNS, Stored
 from finetune.window import Named, Window, refuse_empty
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 _KEPT = 32
 """Stores that stay in the cache; beyond them the longest unused go."""
-_COLUMNS = {
-    "ids": "i", "marks": "B", "ends": "q", "supervised": "q", "rows": "q", "places": "B", "place_ends": "q",
-    "folded": "Q",
-}  # fmt: skip
-"""File → its number format: ids and weights' numbers per token; ends, counts, rows and places per sample; a digest per
-row."""
 _TOLD = 500
 _DAY = 86_400
 _SHAPING = (
@@ -61,80 +53,6 @@ _SHAPING = (
     "window",
     "store",
 )
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One source's samples. ``lengths``, ``supervised``, ``rows``: one number a sample; ``folded``: one a row."""
-
-    source: Source
-    folder: Path
-    meta: dict[str, Any]
-    columns: dict[str, np.ndarray[Any, Any]]
-
-    @property
-    def mapping(self) -> str:
-        """What became of the columns, in words."""
-        return str(self.meta["mapping"])
-
-    @property
-    def lengths(self) -> np.ndarray[Any, Any]:
-        import numpy as np
-
-        return np.diff(self.columns["ends"], prepend=0)
-
-    def named(self) -> list[Named]:
-        """Rows that were not taken as they stand."""
-        lines = (self.folder / "named.jsonl").read_text(encoding="utf-8").splitlines()
-        return [Named(**json.loads(line)) for line in lines]
-
-    def example(self, index: int) -> Example:
-        tokens, place = self._span("ends", index), self._span("place_ends", index)
-        weights = self.meta["weights"]
-        return Example(
-            ids=tuple(self.columns["ids"][tokens].tolist()),
-            weights=tuple(weights[mark] for mark in self.columns["marks"][tokens]),
-            where=self.columns["places"][place].tobytes().decode("utf-8", "surrogateescape"),
-        )
-
-    def _span(self, name: str, index: int) -> slice:
-        ends = self.columns[name]
-        return slice(int(ends[index - 1]) if index else 0, int(ends[index]))
-
-
-class Samples(Sequence[Example]):
-    """The chosen samples of several stores, one after the other, read from disk when they are asked for."""
-
-    def __init__(self, parts: Sequence[tuple[Stored, np.ndarray[Any, Any]]]) -> None:
-        import numpy as np
-
-        self.parts = tuple(parts)
-        self.lengths = np.concatenate([stored.lengths[chosen] for stored, chosen in parts])
-        self.supervised = np.concatenate([stored.columns["supervised"][chosen] for stored, chosen in parts])
-        self._starts = np.cumsum([0, *(len(chosen) for _, chosen in parts)])
-
-    def part_list(self) -> list[Part]:
-        """Whose samples these are, in order."""
-        return [Part(name=one.source.path, samples=len(chosen), share=one.source.share) for one, chosen in self.parts]
-
-    def added_tokens(self) -> set[int]:
-        """Which of the tokenizer's added tokens occur."""
-        return {token for stored, _ in self.parts for token in stored.meta["added_tokens"]}
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: Any) -> Any:
-        import numpy as np
-
-        if isinstance(index, slice):
-            return tuple(self[one] for one in range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        stored, chosen = self.parts[part]
-        return stored.example(int(chosen[index - self._starts[part]]))
 
 
 def cache_folder() -> Path:
@@ -155,7 +73,7 @@ def open_source(reader: Reader, window: Window, progress: dataset.Progress = dat
         with FileLock(f"{folder}.lock"):  # of two runs that need it one makes it
             if not folder.is_dir() or manifest.faults(folder):
                 _build(folder, reader, window, progress)
-            return _load(folder, reader.source)
+            return samples.load(folder, reader.source)
     except OSError as error:
         fix = "name a folder that can be written in XDG_CACHE_HOME"
         raise EnvironmentFault(f"the cache cannot be used: {error.strerror}", str(folder.parent), fix) from None
@@ -235,7 +153,7 @@ class _Writer:
         self.tokens = self.rows = self.places = 0
 
     def __enter__(self) -> _Writer:
-        self.files: dict[str, IO[bytes]] = {name: (self.folder / name).open("wb") for name in _COLUMNS}
+        self.files: dict[str, IO[bytes]] = {name: (self.folder / name).open("wb") for name in COLUMNS}
         self.names = (self.folder / "named.jsonl").open("w", encoding="utf-8")
         return self
 
@@ -243,7 +161,7 @@ class _Writer:
         for file in self.files.values():
             file.close()
         self.names.close()
-        for name in (*_COLUMNS, "named.jsonl"):
+        for name in (*COLUMNS, "named.jsonl"):
             sync_file(self.folder / name)
 
     def add(self, row: int, examples: Sequence[Example], named: Named | None) -> None:
@@ -267,7 +185,7 @@ class _Writer:
         self.files["folded"].write(digest)
 
     def _put(self, name: str, values: Sequence[int]) -> None:
-        self.files[name].write(array(_COLUMNS[name], values).tobytes())
+        self.files[name].write(array(COLUMNS[name], values).tobytes())
 
     def _numbers(self, weights: Sequence[float]) -> list[int]:
         """Each weight's number. A source has few different ones; beyond 256 a byte would not hold them."""
@@ -282,17 +200,6 @@ class _Writer:
             "weights": list(self.weights), "rows": self.rows, "tokens": self.tokens, "mapping": reader.mapping,
             "added_tokens": sorted(self.met),
         }  # fmt: skip
-
-
-def _load(folder: Path, source: Source) -> Stored:
-    import numpy as np
-
-    os.utime(folder)  # used now: pruning takes the longest unused
-    columns: dict[str, np.ndarray[Any, Any]] = {}
-    for name, form in _COLUMNS.items():
-        path, kind = folder / name, np.dtype(form)
-        columns[name] = np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
-    return Stored(source=source, folder=folder, meta=read_json(folder / "meta.json"), columns=columns)
 
 
 def _prune(kept: Path) -> None:

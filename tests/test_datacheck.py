@@ -109,7 +109,7 @@ def test_a_recipe_is_judged_with_its_own_tokenizer_window_and_training_rows(work
     train, judged = json.loads(said.out)
     assert train["summary"]["codes"] == {"special_token": 1, "too_long": 1}
     assert judged["summary"]["codes"] == {"leak": 1}
-    assert "training row train.jsonl:4" in judged["findings"][0]["message"]
+    assert "training row 4 of train.jsonl but for white space" in judged["findings"][0]["message"]
     assert finetune("data", "check", "r.yaml", "--set", "train.lerning_rate=1").code == 2
 
 

@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 
 from finetune import datafix
+from finetune.dataset import Reader, Source
 from finetune.errors import EnvironmentFault
 from tests.runs import chat, finetune, write_rows
+
+
+def mend(source: Path, out: Path, **how: Any) -> dict[str, int]:
+    return datafix.fix(Reader(Source(path=str(source), **how)), out)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -42,7 +47,7 @@ def test_a_repaired_copy_can_be_trained_and_each_change_is_logged(tmp_path: Path
 def test_a_row_that_stays_faulty_is_logged_once_and_not_as_mended(tmp_path: Path) -> None:
     row = chat("a\0", " ")
     write_rows(tmp_path / "x.jsonl", [chat("a", "b"), row])
-    datafix.fix(tmp_path / "x.jsonl", tmp_path / "y.jsonl", "auto", ())
+    mend(tmp_path / "x.jsonl", tmp_path / "y.jsonl")
     assert [(entry["done"], entry["code"]) for entry in read(tmp_path / "y.jsonl.log.jsonl")] == [
         ("left out", "empty_answer")
     ]
@@ -51,7 +56,7 @@ def test_a_row_that_stays_faulty_is_logged_once_and_not_as_mended(tmp_path: Path
 def test_other_layouts_keep_their_own(tmp_path: Path) -> None:
     rows = [{"conversations": [{"from": "humn", "value": "a"}, {"from": "gpt", "value": "b"}], "id": 7}]
     write_rows(tmp_path / "x.jsonl", rows)
-    datafix.fix(tmp_path / "x.jsonl", tmp_path / "y.jsonl", "auto", ())
+    mend(tmp_path / "x.jsonl", tmp_path / "y.jsonl")
     rows[0]["conversations"][0]["from"] = "human"  # type: ignore[index]
     assert read(tmp_path / "y.jsonl") == rows
 
@@ -61,8 +66,19 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path: Path) -> None:
     write_rows(source, [chat("a", "b")])
     for target in (source, tmp_path):
         with pytest.raises(EnvironmentFault, match="something is there already"):
-            datafix.fix(source, target, "auto", ())
+            mend(source, target)
     assert finetune("data", "check", str(source), "--fix", str(tmp_path / "y.csv")).code == 3
     write_rows(source, [{"other": 1}])
     assert finetune("data", "check", str(source), "--fix", str(out)).code == 3
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_other_columns_keep_their_names(tmp_path: Path) -> None:
+    rows = [{"dialog": chat("a", "b")["messages"], "id": 7}]
+    rows[0]["dialog"][1]["role"] = "asistant"  # type: ignore[index]
+    write_rows(tmp_path / "x.jsonl", rows)
+    command = ["data", "check", str(tmp_path / "x.jsonl"), "--column", "messages=dialog"]
+    assert finetune(*command, "--fix", str(tmp_path / "y.jsonl")).code == 3
+    assert read(tmp_path / "y.jsonl") == [{"dialog": chat("a", "b")["messages"], "id": 7}]
+    assert finetune("data", "check", str(tmp_path / "y.jsonl"), "--column", "messages=dialog").code == 0
+    assert finetune("data", "check", str(tmp_path / "y.jsonl"), "--column", "messages").code == 2

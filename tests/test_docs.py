@@ -93,7 +93,8 @@ def test_tests_mirror_the_package() -> None:
         "train": "test_run", "records": "test_datacheck", "adapter_file": "test_adapter_layout",
         "metrics": "test_run", "tokenizer": "test_base",
         "loading": "test_base", "layouts": "test_convert", "unpickle": "test_pickles",
-        "headers": "test_base", "gather": "test_dataset", "look": "test_datashow", "messages": "formats/test_chat",
+        "headers": "test_base", "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
+        "messages": "formats/test_chat", "datacli": "test_datacheck", "options": "test_cli",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

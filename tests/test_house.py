@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
-ENTRANCE = ["cli", "pipeline", "chat"]
+ENTRANCE = ["cli", "datacli", "options", "pipeline", "chat"]
 ROAD = [
     "certify", "finished", "convert", "adapter_layout", "adapter_file", "dashboard", "train", "run", "look",
-    "prepare", "gather", "source", "datafix", "datashow", "datacheck", "report", "plan",
+    "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats", "similar", "texts", "report", "plan",
     "targets", "budget", "merge", "proof", "scores", "evaluate", "metrics", "devices", "loop", "checkpoint", "model",
-    "loading", "control_tokens", "tokenizer", "store", "window", "renderer", "dataset", "records", "hubdata",
+    "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer", "dataset", "records", "hubdata",
     "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers",
     "identity", "hardware",
 ]  # fmt: skip

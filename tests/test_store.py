@@ -17,7 +17,7 @@ from finetune import dataset, gather, manifest, prepare, store
 from finetune.dataset import Reader, Row, Source
 from finetune.errors import DataError, EnvironmentFault
 from finetune.renderer import Renderer
-from finetune.store import Samples
+from finetune.samples import Samples
 from finetune.window import Window
 from tests.runs import ROOT, chat, read_rows, write_rows
 

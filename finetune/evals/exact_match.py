@@ -1,10 +1,15 @@
-"""The share of held-out rows whose greedy answer is right, character for character (outer white space aside)."""
+"""The share of held-out rows whose greedy answer is right, character for character.
+
+Outer white space and a block of thinking before the answer do not count.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from finetune.conversation import without_thinking
 
 if TYPE_CHECKING:
     from finetune.dataset import Question
@@ -31,7 +36,10 @@ def answers(
 
 def score(questions: Sequence[Question], given: Sequence[str]) -> dict[str, Any]:
     """Share of exact answers with its 95 % confidence interval."""
-    right = sum(q.answer.strip() == answer.strip() for q, answer in zip(questions, given, strict=True))
+    right = sum(
+        question.answer.strip() == without_thinking(answer).strip()
+        for question, answer in zip(questions, given, strict=True)
+    )
     low, high = wilson(right, len(questions))
     return {"exact_match": right / len(questions), "rows": len(questions), "confidence_interval": [low, high]}
 

@@ -36,11 +36,11 @@ def questions(answers: list[str]) -> list[Question]:
 
 
 def test_an_answer_counts_when_every_character_is_right() -> None:
-    asked = questions(["1999-12-31", " 5", "Ja", "a b", ""])
-    scores = exact_match.score(asked, ["1999-12-31\n", "5 ", "ja", "a  b", "x"])
-    assert scores["exact_match"] == 0.4
-    assert scores["rows"] == 5
-    assert scores["confidence_interval"] == list(exact_match.wilson(2, 5))
+    asked = questions(["1999-12-31", " 5", "Ja", "a b", "", "7"])
+    scores = exact_match.score(asked, ["1999-12-31\n", "5 ", "ja", "a  b", "x", "<think>\n3 + 4\n</think>\n\n7"])
+    assert scores["exact_match"] == 0.5
+    assert scores["rows"] == 6
+    assert scores["confidence_interval"] == list(exact_match.wilson(3, 6))
 
 
 def test_answers_and_questions_must_be_as_many() -> None:

@@ -1,0 +1,82 @@
+"""`finetune`'s own data steps, as its verbs call them."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contestants.rows import Call, Told, digest, serve
+from finetune import base, datacheck, gather, schedule, store, tokenizer
+from finetune.dataset import Reader, Source
+from finetune.renderer import Renderer
+from finetune.window import Window
+
+SEED = 7
+
+
+@cache
+def renderer(folder: str) -> Renderer:
+    found = base.inspect(Path(folder))
+    return Renderer(tokenizer.of(found), found.stop_token)
+
+
+def warm(call: Call) -> Told:
+    """Load what a run would have loaded before its data."""
+    renderer(call.base)
+    return dict
+
+
+def tokenise(call: Call) -> Told:
+    stored = _opened(call)
+
+    def told() -> dict[str, Any]:
+        columns = stored.columns
+        found = {
+            "rows": stored.meta["rows"], "samples": len(stored.lengths), "tokens": stored.meta["tokens"],
+            "supervised": int(columns["supervised"].sum()), "lengths": [],
+        }  # fmt: skip
+        if call.options.get("digests"):
+            stop = renderer(call.base).encode(renderer(call.base).stop_token)[0]
+            examples = [stored.example(index) for index in range(len(stored.lengths))]
+            found["digests"] = [digest(one.ids, one.supervised, stop) for one in examples]
+        if call.lengths:
+            Path(call.lengths).write_text(str(stored.lengths.tolist()))
+        return found
+
+    return told
+
+
+def _opened(call: Call) -> store.Stored:
+    os.environ["XDG_CACHE_HOME"] = call.folder
+    source = Source(path=call.file)
+    speaks = renderer(call.base)
+    fitting = Window(renderer=speaks, max_length=call.window, policy="drop")
+    return store.open_source(Reader(source, gather.special_tokens(speaks)), fitting)
+
+
+def check(call: Call) -> Told:
+    """Without a model, as `finetune data check FILE` does it."""
+    report = datacheck.check(Reader(Source(path=call.file), datacheck.CONTROL))
+    return lambda: {
+        "rows": report.rows, "trainable": report.trainable, "errors": report.errors,
+        "codes": dict(report.counts),
+    }  # fmt: skip
+
+
+def pack(call: Call) -> Told:
+    """One epoch's steps, each packed. ``read``: every sample is read from the store as well, as training will."""
+    lengths: list[int] = call.options["lengths"]
+    tokens = call.options["step"] * call.window if call.options["step"] else sum(lengths)
+    steps = schedule.steps(lengths, SEED, count=None, epochs=1.0, examples=None, tokens=tokens)
+    packs = [
+        [step[at] for at in positions]
+        for step in steps
+        for positions in schedule.pack([lengths[index] for index in step], call.window)
+    ]
+    return lambda: {"packs": len(packs), "fill": sum(lengths) / (len(packs) * call.window), "steps": len(steps)}
+
+
+if __name__ == "__main__":
+    serve({"warm": warm, "tokenise": tokenise, "check": check, "pack": pack})

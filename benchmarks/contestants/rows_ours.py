@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants.rows import Call, Told, digest, serve
-from finetune import base, datacheck, gather, schedule, store, tokenizer
+from finetune import base, datacheck, gather, schedule, similar, store, tokenizer
+from finetune.conversation import RowFault
 from finetune.dataset import Reader, Source
 from finetune.renderer import Renderer
+from finetune.similar import Similar
 from finetune.window import Window
 
-SEED = 7
+SEED, BATCH = 7, 512
 
 
 @cache
@@ -35,7 +37,7 @@ def tokenise(call: Call) -> Told:
         columns = stored.columns
         found = {
             "rows": stored.meta["rows"], "samples": len(stored.lengths), "tokens": stored.meta["tokens"],
-            "supervised": int(columns["supervised"].sum()), "lengths": [],
+            "supervised": int(columns["supervised"].sum()),
         }  # fmt: skip
         if call.options.get("digests"):
             stop = renderer(call.base).encode(renderer(call.base).stop_token)[0]
@@ -66,7 +68,7 @@ def check(call: Call) -> Told:
 
 
 def pack(call: Call) -> Told:
-    """One epoch's steps, each packed. ``read``: every sample is read from the store as well, as training will."""
+    """One epoch's steps, each packed."""
     lengths: list[int] = call.options["lengths"]
     tokens = call.options["step"] * call.window if call.options["step"] else sum(lengths)
     steps = schedule.steps(lengths, SEED, count=None, epochs=1.0, examples=None, tokens=tokens)
@@ -78,5 +80,27 @@ def pack(call: Call) -> Told:
     return lambda: {"packs": len(packs), "fill": sum(lengths) / (len(packs) * call.window), "steps": len(steps)}
 
 
+def near(call: Call) -> Told:
+    """The search for near copies by itself: reading the file is in it, every other check is not."""
+    search, pairs, numbers = Similar(), list[tuple[int, int]](), list[int]()
+    waiting: list[similar.Pair] = []
+
+    def look() -> None:
+        for number, before in zip(numbers, search.add_many(numbers, waiting), strict=True):
+            if before is not None:
+                pairs.append((before, number))
+        numbers.clear()
+        waiting.clear()
+
+    for read in Reader(Source(path=call.file)):
+        assert not isinstance(read.found, RowFault)
+        numbers.append(read.number - 1)
+        waiting.append(similar.parts(read.found))
+        if len(numbers) == BATCH:
+            look()
+    look()
+    return lambda: {"pairs": pairs}
+
+
 if __name__ == "__main__":
-    serve({"warm": warm, "tokenise": tokenise, "check": check, "pack": pack})
+    serve({"warm": warm, "tokenise": tokenise, "check": check, "pack": pack, "near": near})

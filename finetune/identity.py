@@ -14,7 +14,7 @@ from finetune.errors import DataError, EnvironmentFault, Fault, FinetuneError, M
 from finetune.runfolder import read_json, write_json
 
 LENGTHS = ("train.steps", "train.epochs")
-_FREE = ("tracker", "output")
+_FREE = ("tracker", "output", "train.workers")
 """What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved."""
 
 

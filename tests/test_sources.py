@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune import prepare
+from finetune import manifest, prepare
 from finetune.errors import DataError, RecipeError
 from tests.runs import OUTPUT, chat, finetune, train, write_rows
 
@@ -70,6 +71,20 @@ def test_a_mixture_trains_resumes_and_is_judged_by_source(mixed: str) -> None:
     changed = finetune("train", mixed, *_set(*LOSS))
     assert changed.code == 3
     assert "short.jsonl: this file is not the one that the run began with" in changed.err
+
+
+def test_a_mixture_goes_on_with_the_same_samples_and_any_number_of_workers(mixed: str) -> None:
+    """S21: interrupted after two steps, and taken up by two loader processes: the bits of an unbroken run."""
+
+    def adapter(*changes: str, options: tuple[str, ...] = ()) -> str:
+        said = finetune("train", mixed, *_set("evaluate.metrics=[loss]", *changes), *options)
+        assert said.code == 0, said.err
+        return manifest.digest(OUTPUT / "adapter" / "adapter_model.safetensors")
+
+    whole = adapter("train.steps=5")
+    shutil.rmtree(OUTPUT)
+    assert adapter("train.steps=2") != whole
+    assert adapter("train.steps=5", "train.workers=2", options=("--extend",)) == whole
 
 
 def test_rows_are_held_out_of_each_source(mixed: str) -> None:

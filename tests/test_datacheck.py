@@ -192,3 +192,14 @@ def test_two_thousand_mutations_end_in_an_answer(tmp_path: Path) -> None:
             faulty += 1
     assert clean > 100
     assert faulty > 500
+
+
+def test_pairs_can_be_checked_but_not_trained_by_a_recipe(work: Path) -> None:
+    write_rows(Path("train.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert finetune("data", "check", "train.jsonl").code == 0
+    said = finetune("data", "check", "r.yaml", "--json")
+    assert said.code == 3
+    assert json.loads(said.out)[0]["summary"]["codes"] == {"ranked": 1}
+    said = finetune("plan", "r.yaml")
+    assert (said.code, said.err.count("\n")) == (3, 1)
+    assert "train.jsonl:1: this row ranks answers" in said.err

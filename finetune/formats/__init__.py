@@ -61,6 +61,6 @@ def detect(row: Row) -> str:
 def mapping(name: str, row: Row) -> str:
     """In words, what becomes of the row's columns: ``chat: messages → turns; not read: id``."""
     read = get(name).columns(row)
-    text = f"{name}: {', '.join(f'{shown(column)} → {what}' for column, what in read.items())}"
+    text = f"{name}: {', '.join(f'{shown(column)} → {what}' for column, what in read.items()) or 'nothing'}"
     unread = [shown(column) for column in row if column not in read]
     return f"{text}; not read: {', '.join(unread)}" if unread else text

@@ -32,7 +32,7 @@ from finetune.runfolder import (
     write_synced,
 )
 from finetune.samples import COLUMNS, Stored
-from finetune.window import Named, Window, refuse_empty
+from finetune.window import Named, Window, ranked, refuse_empty
 
 if TYPE_CHECKING:
     pass
@@ -124,10 +124,7 @@ def _fill(writer: _Writer, reader: Reader, window: Window, progress: dataset.Pro
             continue
         faults.rows += 1
         if read.found.ranked:
-            fix = (
-                "no objective of a recipe trains on ranked answers; to train on the chosen ones, write them as messages"
-            )
-            faults.add(read.where, RowFault("", "this row ranks answers", fix, code="ranked"))
+            faults.add(read.where, ranked())
             continue
         try:
             placed = window.place(Row(conversation=read.found, where=read.where))

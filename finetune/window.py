@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.conversation import TEXT, Turn
+from finetune.conversation import TEXT, RowFault, Turn
 from finetune.dataset import Example, Faults, Row
 from finetune.errors import DataError
 
@@ -126,6 +126,12 @@ def fit(rows: Sequence[Row], window: Window) -> Fitted:
         faults.raise_if_any()
         refuse_empty(len(examples), window.max_length, faults.place)
     return Fitted(rows=tuple(kept), examples=tuple(examples), named=tuple(named))
+
+
+def ranked() -> RowFault:
+    """What is wrong with a row that judges answers, where a recipe trains on single ones."""
+    fix = "no objective of a recipe trains on ranked answers; to train on the chosen ones, write them as messages"
+    return RowFault("", "this row ranks answers", fix, code="ranked")
 
 
 def refuse_empty(samples: int, max_length: int, place: str) -> None:

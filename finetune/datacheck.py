@@ -194,6 +194,9 @@ def _unfit(conversation: Conversation, where: str, fitting: Window) -> Iterator[
             what = f"{longest} tokens, more than train.max_length {fitting.max_length} (data.over_length)"
             severity = "error" if fitting.policy == "error" else "warning"
             yield RowFault("", what, "raise train.max_length or shorten the row", code="too_long"), severity
+        if any(fitting.renderer.normal(turn.content) != turn.content for turn in turns):
+            what = "has characters that the tokenizer writes otherwise (Unicode normalisation)"
+            yield RowFault("", what, "nothing, if the composed form will do", code="normalised"), "warning"
         if any(example.apart for example in examples):
             what = "is tokenised in pieces: its text as one would have other ids"
             yield RowFault("", what, "nothing, if the row is meant so", code="pieces"), "warning"

@@ -98,6 +98,11 @@ class Renderer:
             ids += self._plain(self.literals[int(part)]) if index % 2 else self.encode(part)
         return tuple(ids)
 
+    def normal(self, text: str) -> str:
+        """The text as the tokenizer reads it: many, Qwen's among them, compose characters first (Unicode NFC)."""
+        normalizer = None if text.isascii() else self._backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
     def _plain(self, text: str) -> list[int]:
         """Ids of text in which no special token is known."""
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
@@ -152,7 +157,7 @@ class Renderer:
         _, answer = self._halves(signed, last, row.where)
         if sign:
             answer = re.sub(f"{sign}(\\d+){sign}", lambda found: self.literals[int(found[1])], answer)
-        answer = without_thinking(answer)
+        answer = self.normal(without_thinking(answer))
         return Question(prompt=self.prompt(row.conversation.upto(last), row.where), answer=answer, where=row.where)
 
     def examples(self, row: Row) -> list[Example]:

@@ -11,8 +11,8 @@ from finetune.conversation import Conversation, ToolCall, Turn, check
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>")
 _PIECES = (
     "date", " the 2nd", "Ünïcode", "20 20", "\n", "\n\n", "\r\n", "  ", "\t", "日本", "🙂", "👩‍🚀", "שלום", "é",
-    "x" * 30, "user", "assistant\n", "<|im_end", "|>", "<|", "system", "</tool_response>", '{"a": 1}', "\u2028",
-    "\ue0000\ue001",
+    "x" * 30, "e\u0301", "\ufa70", "user", "assistant\n", "<|im_end", "|>", "<|", "system",
+    "</tool_response>", '{"a": 1}', "\u2028", "\ue0000\ue001",
 )  # fmt: skip
 _LETTERS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 TEXTS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetune import datacheck, records
+from finetune import datacheck, prepare, records
 from finetune.dataset import Reader, Source
 from finetune.errors import DataError
 from tests.conftest import ROOT
@@ -203,3 +203,12 @@ def test_pairs_can_be_checked_but_not_trained_by_a_recipe(work: Path) -> None:
     said = finetune("plan", "r.yaml")
     assert (said.code, said.err.count("\n")) == (3, 1)
     assert "train.jsonl:1: this row ranks answers" in said.err
+
+
+def test_text_that_the_tokenizer_composes_is_said_and_scored_as_composed(work: Path) -> None:
+    write_rows(Path("train.jsonl"), [chat("a", "cafe\u0301"), chat("b", "caf\u00e9")])
+    train = json.loads(finetune("data", "check", "r.yaml", "--json").out)[0]
+    assert [(one["row"], one["code"]) for one in train["findings"]] == [(1, "normalised")]
+    located, renderer = prepare.open_renderer(Path("r.yaml"), ())
+    assert {renderer.question(row).answer for row in read_rows(Path("train.jsonl"))} == {"caf\u00e9"}
+    assert located.recipe.data.train_path == "train.jsonl"

@@ -3,63 +3,126 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune import base as bases
 from finetune import budget, checkpoint, evaluate, finished, hardware, layouts, manifest, merge, model, proof, scores
 from finetune.base import Base
+from finetune.checkpoint import Checkpoint
 from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.loading import BaseForm
 from finetune.merge import FoldPlan
+from finetune.prepare import Prepared
 from finetune.run import Run
-from finetune.runfolder import atomic_folder, clear_leftovers_of, json_bytes, read_json, write_synced
+from finetune.runfolder import RunFolder, atomic_folder, clear_leftovers_of, json_bytes, read_json, write_synced
 from finetune.terminal import Progress, Terminal
+
+if TYPE_CHECKING:
+    from finetune.dataset import Example
 
 PROVENANCE = "finetune.json"
 
 
 def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str = "native") -> dict[str, Any]:
-    """Fold the adapter into the base, load the result from the disk, and prove that it is the trained model."""
+    """Fold the adapter into the base, load the result from the disk, and prove that it is the trained model.
+
+    ``choice``: replayed (the base as it was trained against), original (as published), or auto: what is measured to be
+    nearer to the live model.
+    """
     prepared, files = finished.open_run(folder)
     assert prepared.base is not None
-    digest = manifest.digest(files.adapter / checkpoint.ADAPTER)
     layouts.refuse_impossible(prepared.base, layout)
     if out.exists():
-        return _already(out, {"adapter_sha256": digest, "base_choice": choice, "layout": layout}, terminal)
-    needed = bases.stored_bytes(prepared.base.tensors)
-    _check_room(out, needed)
+        digest = manifest.digest(files.adapter / checkpoint.ADAPTER)
+        return _already(out, {"adapter_sha256": digest, "base_asked": choice, "layout": layout}, terminal)
+    _check_room(out, bases.stored_bytes(prepared.base.tensors))
+    clear_leftovers_of(out)
+    with atomic_folder(out) as temporary:
+        note, reason = make(prepared, files, (temporary, layout), choice, terminal)
+        manifest.write(temporary, manifest.digests(temporary))
+    if reason:
+        raise FinetuneError(reason, str(out), "the folder is marked unusable (config.json.unusable)")
+    kept = note["proof"]
+    terminal.say(f"merged model: {out}   proof: mean KL {kept['mean_kl']:.1e} ≤ {kept['bound']:.0e}")
+    return note
+
+
+def make(
+    prepared: Prepared, files: RunFolder, to: tuple[Path, str], choice: str, terminal: Terminal
+) -> tuple[dict[str, Any], str]:
+    """The merged model and its proof, in the folder and layout ``to``; → what was done, and why it does not hold."""
     this, policy = finished.live(prepared, files, terminal)
-    rows = prepared.held_out.examples if prepared.held_out else this.samples
+    rows: Sequence[Example] = prepared.held_out.examples if prepared.held_out else this.samples
     expected = proof.distributions(policy, rows)
     del policy
     gc.collect()
     trained = checkpoint.read_adapter(files.adapter)
-    clear_leftovers_of(out)
-    folding = merge.make_plan(
-        prepared.base, this.form(), trained.weights, trained.config, replayed=choice == "replayed"
-    )
-    with atomic_folder(out) as temporary:
-        found = _write_merged(this, folding, trained.weights, (temporary, layout), terminal)
-        judged = _judge_merged(this, temporary, rows, expected, choice, terminal)
-        note = {
-            "adapter_sha256": digest,
-            "base": {"name": prepared.recipe.model, "commit": prepared.commit, "sha256": this.identity.base},
-            "base_choice": choice,
-            "layout": layout,
-            "rope": prepared.recipe.rope,
-            "quantised_as": this.form().weights if choice == "replayed" else None,
-            "folded_tensors": found,
-            "proof": judged["proof"].to_dict(),
-        }
-        write_synced(temporary / PROVENANCE, json_bytes(note))
-        if not judged["holds"]:
-            proof.mark_unusable(temporary)
-        manifest.write(temporary, manifest.digests(temporary))
+    choices = _measured(this, rows, expected, trained) if choice == "auto" and _differ(this) else {}
+    taken = min(choices, key=lambda name: choices[name]["mean_kl"]) if choices else _plain(choice)
+    if choices:
+        choices["live"] = {"loss": proof.loss(expected, rows)}
+        for line in _table(choices, taken):
+            terminal.say(line)
+    folding = merge.make_plan(this.base, this.form(), trained.weights, trained.config, replayed=taken == "replayed")
+    found = _write_merged(this, folding, trained.weights, to, terminal)
+    judged = _judge_merged(this, to[0], rows, expected, taken, terminal)
+    note = {
+        "adapter_sha256": manifest.digest(files.adapter / checkpoint.ADAPTER),
+        "base": {"name": prepared.recipe.model, "commit": prepared.commit, "sha256": this.identity.base},
+        "base_asked": choice,
+        "base_choice": taken,
+        "choices": choices,
+        "layout": to[1],
+        "rope": prepared.recipe.rope,
+        "quantised_as": this.form().weights if taken == "replayed" else None,
+        "folded_tensors": found,
+        "proof": judged["proof"].to_dict(),
+    }
+    write_synced(to[0] / PROVENANCE, json_bytes(note))
     if not judged["holds"]:
-        raise FinetuneError(judged["reason"], str(out), "the folder is marked unusable (config.json.unusable)")
-    terminal.say(f"merged model: {out}   proof: mean KL {judged['proof'].mean_kl:.1e} ≤ {judged['proof'].bound:.0e}")
-    return note
+        proof.mark_unusable(to[0])
+    return note, judged["reason"]
+
+
+def _differ(this: Run) -> bool:
+    """Whether the base as it was trained against is another one than the published."""
+    return this.form().weights in ("nf4", "fp4", "int8")
+
+
+def _plain(choice: str) -> str:
+    return "replayed" if choice == "auto" else choice
+
+
+def _measured(this: Run, rows: Sequence[Example], expected: Any, trained: Checkpoint) -> dict[str, dict[str, float]]:
+    """Loss and mean KL to the live model of each merge, without writing either: tensors are folded as they are read."""
+    found = {}
+    form = replace(this.form(), weights=this.form().compute, double=False)
+    for name in ("replayed", "original"):
+        plan = merge.make_plan(this.base, this.form(), trained.weights, trained.config, replayed=name == "replayed")
+        change = merge.change(plan, trained.weights)
+        fits = _fits(this.base, form)
+        policy = model.load_base(this.base, form, change=change) if fits else model.stream_base(this.base, form, change)
+        answers = proof.distributions(policy, rows)
+        found[name] = {"loss": proof.loss(answers, rows), "mean_kl": proof.compare(expected, answers, name).mean_kl}
+        del policy
+        gc.collect()
+    return found
+
+
+def _table(choices: dict[str, dict[str, float]], taken: str) -> list[str]:
+    lines = [f"{'merged into':<28}{'loss':>9}{'mean KL to live':>18}"]
+    names = {
+        "live": "(adapter on the live base)",
+        "replayed": "base as trained against",
+        "original": "base as published",
+    }
+    for key, name in names.items():
+        kl = f"{choices[key]['mean_kl']:.1e}" if "mean_kl" in choices[key] else "-"
+        lines.append(f"{name:<28}{choices[key]['loss']:>9.4f}{kl:>18}{'  ← taken' if key == taken else ''}")
+    return lines
 
 
 def _write_merged(this: Run, folding: FoldPlan, weights: Any, to: tuple[Path, str], terminal: Terminal) -> int:
@@ -114,7 +177,8 @@ def _fits(merged: Base, form: BaseForm) -> bool:
 def _already(out: Path, wanted: dict[str, str], terminal: Terminal) -> dict[str, Any]:
     """The same merge again changes nothing; anything else in the way is refused."""
     note = read_json(out / PROVENANCE) if out.is_dir() else None
-    same = isinstance(note, dict) and all(note.get(key) == value for key, value in wanted.items())
+    asked = isinstance(note, dict) and wanted.pop("base_asked") in (note.get("base_asked"), note.get("base_choice"))
+    same = isinstance(note, dict) and asked and all(note.get(key) == value for key, value in wanted.items())
     if isinstance(note, dict) and same and note["proof"]["holds"] and not manifest.faults(out):
         terminal.say(f"{out} is this adapter's merge already: nothing to do")
         return note

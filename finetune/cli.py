@@ -104,15 +104,15 @@ def merge(
     run: RunPath,
     out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
     base: Annotated[
-        str, typer.Option("--base", help="replayed (as trained against) or original (as published)")
-    ] = "replayed",
+        str, typer.Option("--base", help="replayed (as trained against), original (as published), or what is nearer")
+    ] = "auto",
     layout: Annotated[
         str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")
     ] = "native",
 ) -> None:
     """Fold a run's adapter into its base, and prove that the result is the trained model."""
-    if base not in ("replayed", "original"):
-        raise typer.BadParameter("must be replayed or original", param_hint="--base")
+    if base not in ("auto", "replayed", "original"):
+        raise typer.BadParameter("must be auto, replayed or original", param_hint="--base")
     _check_layout(layout, "--layout")
     from finetune import pipeline
 

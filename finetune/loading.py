@@ -32,13 +32,18 @@ class BaseForm:
     device: str
 
 
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+"""A tensor's name and value → the value to take in its place."""
+
+
 class Source:
     """The tensors of a base, lazily. Faults met while reading are kept: the loader above wraps what it catches."""
 
     def __init__(
-        self, reader: Reader, base: Base, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        self._reader, self._base, self._dtype, self._progress = reader, base, dtype, progress
+        self, reader: Reader, base: Base, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None,
+        change: Change | None = None,
+    ) -> None:  # fmt: skip
+        self._reader, self._base, self._dtype, self._progress, self._change = reader, base, dtype, progress, change
         self._total, self._done = sum(tensor.bytes for tensor in base.tensors.values()), 0
         self._faults: list[Fault] = []
         self._lock = threading.Lock()  # the loader reads from several threads
@@ -55,6 +60,8 @@ class Source:
         except ModelError as error:
             self._faults += error.faults
             raise
+        if self._change:
+            value = self._change(name, value)
         if not bool(torch.isfinite(value.to(self._dtype)).all()):
             what = f"tensor {place.stored or name} holds NaN or infinity"
             self._faults.append(Fault(what, str(self._base.folder / place.shard), "fetch the base again"))
@@ -86,10 +93,12 @@ class _Lazy:
         return self._source.read(self._name)[index]
 
 
-def load(base: Base, form: BaseForm, progress: Callable[[int, int], None] | None = None) -> Any:
+def load(
+    base: Base, form: BaseForm, progress: Callable[[int, int], None] | None = None, change: Change | None = None
+) -> Any:
     """The frozen base in the wanted form, each tensor read, checked to be finite and quantised before the next.
 
-    ``progress`` is told the bytes read and their total.
+    ``progress`` is told the bytes read and their total; ``change`` makes another model of it, tensor by tensor.
 
     Raises:
         ModelError: tensors missing, of another shape, or not finite.
@@ -101,7 +110,7 @@ def load(base: Base, form: BaseForm, progress: Callable[[int, int], None] | None
     logging.disable_progress_bar()
     dtype = DTYPES[form.compute if form.weights not in DTYPES else form.weights]
     with Reader(base) as reader:
-        source = Source(reader, base, dtype, progress)
+        source = Source(reader, base, dtype, progress, change)
         try:
             config = _config(base)
             model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -145,7 +154,7 @@ def _config(base: Base) -> Any:
         raise ModelError(what, str(base.folder / "config.json"), "use the folder as published") from None
 
 
-def streamed(base: Base, form: BaseForm) -> Any:
+def streamed(base: Base, form: BaseForm, change: Change | None = None) -> Any:
     """The base in a 16- or 32-bit form without holding it: each layer is read when the forward pass comes to it.
 
     For proofs on a machine that a merged model does not fit. Slow for generation, where every token reads it all.
@@ -160,7 +169,7 @@ def streamed(base: Base, form: BaseForm) -> Any:
     reader = Reader(base)
     units = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
     for unit in units:
-        unit.register_forward_pre_hook(_filled(reader, _names(model, unit, base), DTYPES[form.compute], form.device))
+        unit.register_forward_pre_hook(_filled(_reading(reader, change), _names(model, unit, base), form))
         unit.register_forward_hook(_emptied)
     model.model.rotary_emb.to(form.device)
     model.config.use_cache = False
@@ -175,11 +184,15 @@ def _names(model: Any, unit: torch.nn.Module, base: Base) -> dict[str, str]:
     return {name: tied.get(tensor, tensor) for name, tensor in names.items()}
 
 
-def _filled(reader: Reader, names: dict[str, str], dtype: torch.dtype, device: str) -> Callable[..., None]:
+def _reading(reader: Reader, change: Change | None) -> Callable[[str], torch.Tensor]:
+    return reader.tensor if change is None else lambda name: change(name, reader.tensor(name))
+
+
+def _filled(read: Callable[[str], torch.Tensor], names: dict[str, str], form: BaseForm) -> Callable[..., None]:
     def fill(unit: torch.nn.Module, inputs: Any) -> None:
         for name, tensor in names.items():
             owner, _, last = name.rpartition(".")
-            value = reader.tensor(tensor).to(device, dtype)
+            value = read(tensor).to(form.device, DTYPES[form.compute])
             setattr(unit.get_submodule(owner), last, torch.nn.Parameter(value, requires_grad=False))
 
     return fill

@@ -152,17 +152,22 @@ def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
+def change(plan: FoldPlan, weights: dict[str, torch.Tensor]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """What the merged folder has of each base tensor, by name: folded, and rounded as it is written."""
+
+    def changed(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name not in plan.folds:
+            return value
+        fold = plan.folds[name]
+        found = fold_tensor(value, fold, plan.form, weights)
+        return dithered(found, name) if fold.lora_a and value.dtype == torch.bfloat16 else found.to(value.dtype)
+
+    return changed
+
+
 def apply(
     plan: FoldPlan, base: Base, weights: dict[str, torch.Tensor], out: Path, layout: str,
     progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """Write the merged shards, with the base's own split and dtypes, into the folder ``out``."""
-
-    def folded(name: str, value: torch.Tensor) -> torch.Tensor:
-        if name not in plan.folds:
-            return value
-        fold = plan.folds[name]
-        found = fold_tensor(value, fold, plan.form, weights)
-        return dithered(found, name) if fold.lora_a and value.dtype == torch.bfloat16 else found
-
-    shards.rewrite(base, out, layout, folded, progress)
+    shards.rewrite(base, out, layout, change(plan, weights), progress)

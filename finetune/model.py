@@ -15,7 +15,7 @@ from finetune import tokenizer as tokenizers
 from finetune.base import Base
 from finetune.errors import ModelError
 from finetune.kernels import frozen_linear, lora_linear, trained_rows, varlen_attention, whole_module
-from finetune.loading import BaseForm
+from finetune.loading import BaseForm, Change
 from finetune.renderer import Renderer
 
 
@@ -135,14 +135,16 @@ def _attention(model: Any, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def load_base(base: Base, form: BaseForm, progress: Callable[[int, int], None] | None = None) -> Policy:
-    """The base alone, ready to answer. Raises as ``loading.load``, whose ``progress`` this is."""
-    return _policy(base, loading.load(base, form, progress))
+def load_base(
+    base: Base, form: BaseForm, progress: Callable[[int, int], None] | None = None, change: Change | None = None
+) -> Policy:
+    """The base alone, ready to answer. Raises as ``loading.load``, whose ``progress`` and ``change`` these are."""
+    return _policy(base, loading.load(base, form, progress, change))
 
 
-def stream_base(base: Base, form: BaseForm) -> Policy:
+def stream_base(base: Base, form: BaseForm, change: Change | None = None) -> Policy:
     """The base alone, read layer by layer at each forward pass: for a machine that it does not fit."""
-    return _policy(base, loading.streamed(base, form))
+    return _policy(base, loading.streamed(base, form, change))
 
 
 def _policy(base: Base, model: Any) -> Policy:

@@ -73,6 +73,12 @@ def _batches(examples: Sequence[Example]) -> list[list[Example]]:
     return batches
 
 
+def loss(answers: torch.Tensor, examples: Sequence[Example]) -> float:
+    """Mean cross-entropy, in nats, at the positions of ``distributions``, whose result ``answers`` is."""
+    targets = torch.cat([sft.collate(chosen).targets for chosen in _batches(examples)])[: len(answers)]
+    return float(-answers.gather(1, targets[:, None].cpu()).mean(dtype=torch.float64))
+
+
 def compare(live: torch.Tensor, merged: torch.Tensor, choice: str) -> Proof:
     """KL(live ‖ merged) per position. Both [positions, vocabulary] log-probabilities."""
     divergence = (live.exp() * (live - merged)).sum(dim=-1)

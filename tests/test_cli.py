@@ -94,7 +94,7 @@ def _raising(error: Exception) -> Any:
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["train"], 2, "Missing argument"),
         (["train", "r.yaml", "--nonsense"], 2, "No such option"),
-        (["merge", "runs/one", "--out", "m", "--base", "both"], 2, "must be replayed or original"),
+        (["merge", "runs/one", "--out", "m", "--base", "both"], 2, "must be auto, replayed or original"),
         (["train", "missing.yaml"], 2, "missing.yaml"),
         (["train", "r.yaml", "--set", "train.steps"], 2, "train.steps"),
         (["train", "r.yaml", "--set", "train.stepz=3"], 2, "did you mean 'steps'?"),

@@ -32,6 +32,14 @@ def test_the_merged_folder_is_whole(finished: Path) -> None:
     note = json.loads((MERGED / "finetune.json").read_text())
     assert note["adapter_sha256"] == runs.adapter_digest()
     assert (note["base_choice"], note["quantised_as"], note["folded_tensors"]) == ("replayed", "nf4", 14)
+    assert note["base_asked"] == "auto"
+    choices = note["choices"]
+    assert set(choices) == {"live", "replayed", "original"}
+    assert abs(choices["replayed"]["mean_kl"]) < choices["original"]["mean_kl"]
+    # what was measured before anything was written is what was then read from the disk
+    assert choices["replayed"]["mean_kl"] == pytest.approx(note["proof"]["mean_kl"], abs=1e-9)
+    assert choices["replayed"]["loss"] == pytest.approx(choices["live"]["loss"], abs=0.05)
+    assert "← taken" in said.out
     assert note["proof"]["holds"]
     assert set(json.loads((OUTPUT / "scores.json").read_text())) == {"before", "after", "merged"}
     assert runs.snapshot(finished / "base") == before

@@ -9,6 +9,8 @@ from pathlib import Path
 from finetune.runfolder import json_bytes, read_json, write_synced
 
 NAME = "manifest.json"
+_SEALS = ("SHA256SUMS", "model.sig")
+"""What a release has besides, over the manifest itself; ``verify`` judges them."""
 _BLOCK = 8 * 1024 * 1024
 
 
@@ -38,7 +40,7 @@ def faults(folder: Path) -> list[str]:
     if not isinstance(stored, dict) or not isinstance(stored.get("sha256"), dict):
         return [f"{folder.name}/{NAME} is missing or damaged"]
     entries: dict[str, str] = stored["sha256"]
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {NAME}
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {NAME, *_SEALS}
     found = [f"{folder.name}/{name} is not in the manifest" for name in sorted(present - set(entries))]
     found += [f"{folder.name}/{name} is missing" for name in sorted(set(entries) - present)]
     found += [

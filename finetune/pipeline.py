@@ -138,6 +138,13 @@ def merge(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str 
     return certify.merge_run(folder, out, choice, terminal, layout)
 
 
+def release(run: Path, out: Path, what: str, terminal: Terminal, **how: Any) -> None:
+    """Make the folder that one publishes of a finished run; ``how`` as of ``release.release``."""
+    from finetune import release as releasing
+
+    releasing.release(run, out, what, terminal, **how)
+
+
 def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
     """Write a model folder, or an adapter's, in the other layout."""
     from finetune import convert as conversion

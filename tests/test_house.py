@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = ["cli", "datacli", "options", "pipeline", "chat"]
 ROAD = [
+    "release", "seal", "card", "terms",
     "certify", "finished", "convert", "adapter_layout", "adapter_file", "dashboard", "train", "run", "look",
     "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats", "similar", "texts", "report", "plan",
     "targets", "budget", "merge", "proof", "scores", "evaluate", "metrics", "devices", "loop", "checkpoint", "model",
@@ -24,16 +25,9 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "interrupts",
-    "terminal",
-    "schedule",
-    "decoder",
-    "messages",
-    "conversation",
-    "manifest",
-    "runfolder",
-    "errors",
-]
+    "interrupts", "terminal", "schedule", "decoder", "messages", "conversation", "signature", "verify",
+    "manifest", "runfolder", "errors",
+]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 
 

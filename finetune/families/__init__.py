@@ -17,22 +17,35 @@ from finetune.errors import ModelError
 
 
 class Licence(NamedTuple):
-    """The terms of a known model. ``duties`` is what whoever passes a derivative on must do, in one line."""
+    """The terms of a known model. ``duties`` is what whoever passes a derivative on must do, in one line.
+
+    ``id`` is what a model card says; one that the hub does not know goes by ``other`` there. ``notice`` is the sentence
+    that must be passed on, in a file called ``notice_file``. ``text`` is the file beside this one that has the licence.
+    """
 
     id: str
     name: str
     duties: str
+    on_hub: bool = False
+    notice: str = ""
+    notice_file: str = "NOTICE"
+    text: str = ""
 
 
 APACHE = Licence(
-    "apache-2.0", "Apache License 2.0", "pass the licence text and any NOTICE on, and say what was changed"
-)
+    "apache-2.0", "Apache License 2.0", "pass the licence text and any NOTICE on, and say what was changed",
+    on_hub=True, text="apache-2.0.txt",
+)  # fmt: skip
 
 TONGYI = Licence(
     "tongyi-qianwen",
     "Tongyi Qianwen licence agreement",
     "pass the agreement and its Notice sentence on, mark changed files; ask for a licence above 100 million users a "
     "month; do not use the model or its output to improve another LLM",
+    # Sections 3c and 4 of the agreement: the sentence, and what the file must be called.
+    notice="Tongyi Qianwen is licensed under the Tongyi Qianwen LICENSE AGREEMENT, Copyright (c) Alibaba Cloud. "
+    "All Rights Reserved.",
+    notice_file="Notice",
 )
 
 
@@ -67,6 +80,12 @@ def get(model_type: str, where: Path | str = "config.json: model_type") -> Famil
     close = difflib.get_close_matches(str(model_type), names(), n=1)
     fix = f"known ones: {known}" + (f"; did you mean {close[0]!r}?" if close else "")
     raise ModelError(f"unknown model_type {model_type!r}", str(where), fix)
+
+
+def licence(model: str) -> Licence | None:
+    """The licence of a known model of any family, by the last part of its name; None when it is not a known one."""
+    found = (licence_of(cast(Family, importlib.import_module(f"{__name__}.{name}")), model) for name in names())
+    return next((one for one in found if one is not None), None)
 
 
 def licence_of(family: Family, model: str) -> Licence | None:

@@ -1,0 +1,142 @@
+"""The model card: everything in it comes from the run's own files, and its code is executed by a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.terms import Terms
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a card is made of. ``scores``: name → numbers; ``provenance``: the manifest's; ``parts``: what is in it."""
+
+    name: str
+    terms: Terms
+    parts: tuple[str, ...]
+    recipe: str
+    scores: dict[str, Facts]
+    provenance: Facts
+    chat: bool
+    thinking: str
+
+    def text(self) -> str:
+        """README.md: the header that the hub reads, then facts for people."""
+        return "\n".join([self._header(), *self._body()]) + "\n"
+
+    def _header(self) -> str:
+        from huggingface_hub import ModelCardData
+
+        licence = self.terms.licence
+        known = bool(licence and licence.on_hub)
+        more: Facts = {} if known else {"license_name": licence.id if licence else "unknown", "license_link": "LICENSE"}
+        merged = "merged" in self.parts
+        data = ModelCardData(
+            license=licence.id if licence and known else "other", base_model=self.terms.base,
+            base_model_relation="finetune" if merged else "adapter",
+            library_name="transformers" if merged else "peft", tags=["lora", "finetune"], **more,
+        )  # fmt: skip
+        return f"---\n{data.to_yaml()}\n---"
+
+    def _body(self) -> list[str]:
+        made = self.provenance
+        base = made["base"]
+        at = f" at commit `{base['commit']}`" if base.get("commit") else ""
+        lines = ["", f"# {self.name}", "", f"A LoRA derivative of `{base['name']}`{at}, made by one recipe."]
+        lines += self._limits()
+        lines += ["", "## How to load it", *self._loading()]
+        lines += ["", "## Scores", "", *self._scores()]
+        lines += ["", "## Data", "", "| source | licence | sha-256 or commit |", "|---|---|---|"]
+        lines += [
+            f"| `{one.source}` | {one.licence} | {_digests(made['data'], one.source)} |" for one in self.terms.data
+        ]
+        lines += ["", "## Recipe", "", "```yaml", self.recipe.rstrip(), "```"]
+        lines += ["", "## Terms", "", *self._terms()]
+        lines += ["", "## Check it", "", *_CHECK]
+        return lines
+
+    def _limits(self) -> list[str]:
+        proof = self.provenance.get("merge", {}).get("proof")
+        lines = ["", "It was judged only as the scores below say: nothing is known beyond them."]
+        if proof:
+            lines.append(
+                f"The merged weights were read back from the disk and compared with the model as it trained: mean KL "
+                f"{proof['mean_kl']:.1e} nats over {proof['positions']} positions (bound {proof['bound']:.0e})."
+            )
+        if rope := self.provenance.get("rope"):
+            lines.append(f"Beyond the base's trained length it was trained and exported with `rope: {rope}`.")
+        return lines
+
+    def _loading(self) -> list[str]:
+        more = ", enable_thinking=False" if self.thinking == "strip" else ""
+        ask = _CHAT.format(more=more) if self.chat else _PLAIN
+        lines = []
+        if "merged" in self.parts:
+            lines += ["", "With transformers, from this folder (or give the repository's id instead of `.`):", ""]
+            lines += ["```python", _MERGED + ask, "```", "", "With vLLM: `vllm serve .`"]
+        if "adapter" in self.parts:
+            place = "." if self.parts == ("adapter",) else "adapter"
+            base = self.provenance["base"]["name"]
+            lines += ["", f"The adapter alone, on its base `{base}`, with PEFT:", ""]
+            lines += ["```python", _ADAPTER.format(base=base, place=place) + ask, "```"]
+        return lines
+
+    def _scores(self) -> list[str]:
+        if not self.scores:
+            return ["This run had no held-out rows."]
+        lines = ["| | exact match (95 % interval) | loss | rows |", "|---|---|---|---|"]
+        for name, found in self.scores.items():
+            low, high = found.get("confidence_interval", (None, None))
+            exact = f"{found['exact_match']:.3f} ({low:.3f} – {high:.3f})" if "exact_match" in found else "–"
+            loss = f"{found['loss']:.4f}" if "loss" in found else "–"
+            lines.append(f"| {name} | {exact} | {loss} | {found.get('rows', '–')} |")
+        return lines
+
+    def _terms(self) -> list[str]:
+        licence = self.terms.licence
+        lines = [f"The base is under the {licence.name}: {licence.duties}."] if licence else []
+        notice = licence.notice_file if licence else "NOTICE"
+        lines += [f"**Not known**: {what}." for what in self.terms.missing()]
+        return [*lines, f"What was changed and what it was trained on stands in `{notice}`."]
+
+
+def _digests(data: dict[str, str], source: str) -> str:
+    own = [digest for name, digest in data.items() if name == source or name.startswith(f"{source}/")]
+    return ", ".join(f"`{digest[:16]}…`" for digest in own[:4]) or "–"
+
+
+_MERGED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+"""
+_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{place}")
+"""
+_CHAT = """\
+asked = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"{more}
+)
+answer = model.generate(**asked, max_new_tokens=32)[0, asked["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_PLAIN = """\
+asked = tokenizer("Hello", return_tensors="pt")
+answer = model.generate(**asked, max_new_tokens=32)[0, asked["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_CHECK = [
+    "Every file's digest stands in `SHA256SUMS`; `manifest.json` says of which base, data, recipe and versions it was",
+    "made. Without any package of ours:",
+    "",
+    "```bash",
+    "sha256sum -c SHA256SUMS",
+    "```",
+]

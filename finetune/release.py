@@ -1,0 +1,116 @@
+"""The folder that one publishes: weights, tokenizer, card, licence, notice, manifest, digests, a signature if asked.
+
+Made whole or not at all, from a finished run's own files; nothing in it is claimed that the run has not recorded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune import certify, checkpoint, finished, gather, layouts, scores, seal, terms
+from finetune.base import Base
+from finetune.card import Card
+from finetune.errors import EnvironmentFault, FinetuneError
+from finetune.prepare import Prepared
+from finetune.recipe import flatten, yamlfile
+from finetune.runfolder import RunFolder, atomic_folder, clear_leftovers_of, read_json, write_synced
+from finetune.terminal import Terminal
+from finetune.terms import Terms
+
+PARTS = {"merged": ("merged",), "adapter": ("adapter",), "both": ("merged", "adapter")}
+_ADAPTER = (checkpoint.ADAPTER, checkpoint.CONFIG, checkpoint.PROVENANCE)
+
+
+def release(
+    run: Path, out: Path, what: str, terminal: Terminal, *, choice: str = "auto", layout: str = "native",
+    data_licence: str | None = None, allow_unknown: bool = False, key: Path | None = None,
+) -> None:  # fmt: skip
+    """Make the release ``out`` of a finished run.
+
+    Args:
+        what: merged, adapter or both. choice, layout: as of a merge.
+        data_licence: the licence of the data, where no text beside it says it.
+        key: the private key to sign with.
+
+    Raises:
+        EnvironmentFault: a licence forbids it or is not known; something is in the way; the disk refuses.
+        ModelError, FinetuneError: no finished run, or a merge that does not hold.
+    """
+    prepared, files = finished.open_run(run)
+    assert prepared.base is not None
+    found = terms.find(prepared.base, prepared.recipe.model, gather.training_sources(prepared.recipe), data_licence)
+    terms.refuse(found, allow_unknown=allow_unknown)
+    if out.exists():
+        raise EnvironmentFault("something is there already", str(out), "give another --out, or remove it")
+    clear_leftovers_of(out)
+    parts = PARTS[what]
+    with atomic_folder(out) as temporary:
+        merged: dict[str, Any] = {}
+        if "merged" in parts:
+            merged, reason = certify.make(prepared, files, (temporary, layout), choice, terminal)
+            if reason:
+                raise FinetuneError(reason, str(out), "nothing was released")
+        if "adapter" in parts:
+            _copy_adapter(files, temporary if parts == ("adapter",) else temporary / "adapter")
+        if parts == ("adapter",):
+            _copy_tokenizer(prepared.base, temporary)
+        _describe(prepared, files, (temporary, out.name), parts, found, merged)
+        if key is not None:
+            seal.sign(temporary, key)
+    terminal.say(f"release: {out}   check it: finetune verify {out}, or sha256sum -c SHA256SUMS inside it")
+
+
+def _copy_adapter(files: RunFolder, to: Path) -> None:
+    to.mkdir(exist_ok=True)
+    for name in _ADAPTER:
+        shutil.copyfile(files.adapter / name, to / name)
+
+
+def _copy_tokenizer(base: Base, to: Path) -> None:
+    """What an adapter's user needs to write the prompts that it was trained on."""
+    layouts.write_tokenizer(base, to)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        if base.layout == "native" and (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, to / name)
+
+
+def _describe(
+    prepared: Prepared, files: RunFolder, to: tuple[Path, str], parts: tuple[str, ...], found: Terms, merged: Any
+) -> None:
+    """Licence, notice, card, manifest and digests."""
+    recipe, (folder, name) = prepared.recipe, to
+    identity = read_json(files.identity)
+    made = {
+        "base": {"name": recipe.model, "commit": prepared.commit, "sha256": identity["base"]},
+        "data": identity["data"],
+        "recipe": flatten(recipe),
+        "environment": identity["environment"],
+        "resolved": identity["resolved"],
+        "rope": recipe.rope,
+        "merge": {key: merged[key] for key in ("base_choice", "choices", "proof", "quantised_as") if key in merged},
+        "scores": scores.read(files),
+        "licence": found.licence.id if found.licence else "unknown",
+    }
+    changes = [f"- {line}" for line in _changes(recipe.model, parts, merged)]
+    terms.write(found, folder, changes)
+    tokenizer = read_json(folder / "tokenizer_config.json") or {}
+    card = Card(
+        name=name, terms=found, parts=parts, recipe=yamlfile.dump(recipe.to_yaml_dict()), scores=scores.read(files),
+        provenance=made, thinking=recipe.data.thinking,
+        chat=(folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
+    )  # fmt: skip
+    write_synced(folder / "README.md", card.text().encode())
+    seal.write(folder, made)
+
+
+def _changes(base: str, parts: tuple[str, ...], merged: dict[str, Any]) -> list[str]:
+    lines = []
+    if "merged" in parts:
+        said = "as it was quantised for training" if merged["base_choice"] == "replayed" else "as published"
+        lines.append(f"a LoRA adapter was trained on {base} and folded into its weights, {said}: *.safetensors")
+        lines.append("config.json and generation_config.json name what this model needs; other files are the base's")
+    if "adapter" in parts:
+        lines.append(f"a LoRA adapter for {base} was added: adapter_model.safetensors, adapter_config.json")
+    return lines

@@ -20,9 +20,9 @@ from typing import Annotated
 
 import typer
 
-from finetune import __version__, datacli
-from finetune.errors import EnvironmentFault, Fault, FinetuneError, Interrupted, ModelError
-from finetune.options import Overrides, RecipePath, check_recipe, silent
+from finetune import __version__, datacli, shipcli
+from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
+from finetune.options import Overrides, RecipePath, RunPath, check_recipe, silent
 from finetune.terminal import Terminal, clean
 
 app = typer.Typer(
@@ -31,8 +31,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-RunPath = Annotated[Path, typer.Argument(help="the run's folder (`output:` of its recipe)", show_default=False)]
 
 
 def _print_version(wanted: bool) -> None:
@@ -99,92 +97,8 @@ def eval_(run: RunPath) -> None:
     pipeline.evaluate_run(run, Terminal())
 
 
-@app.command()
-def merge(
-    run: RunPath,
-    out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
-    base: Annotated[
-        str, typer.Option("--base", help="replayed (as trained against), original (as published), or what is nearer")
-    ] = "auto",
-    layout: Annotated[
-        str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")
-    ] = "native",
-) -> None:
-    """Fold a run's adapter into its base, and prove that the result is the trained model."""
-    _one_of(base, _BASES, "--base")
-    _one_of(layout, _LAYOUTS, "--layout")
-    from finetune import pipeline
-
-    pipeline.merge(run, out, base, Terminal(), layout)
-
-
-_BASES, _LAYOUTS = ("auto", "replayed", "original"), ("native", "original")
-
-
-def _one_of(word: str, legal: Sequence[str], option: str) -> None:
-    if word not in legal:
-        raise typer.BadParameter(f"must be {', '.join(legal[:-1])} or {legal[-1]}", param_hint=option)
-
-
-@app.command()
-def release(
-    run: RunPath,
-    out: Annotated[Path, typer.Option("--out", help="the folder to publish, which must not exist")],
-    what: Annotated[str, typer.Option("--what", help="merged, adapter or both")] = "merged",
-    base: Annotated[str, typer.Option("--base", help="as of `finetune merge`")] = "auto",
-    layout: Annotated[str, typer.Option("--layout", help="as of `finetune merge`")] = "native",
-    data_licence: Annotated[
-        str | None, typer.Option("--data-licence", help="the data's licence, where no text beside it says it")
-    ] = None,
-    allow_unknown: Annotated[
-        bool, typer.Option("--allow-unknown-licence", help="go on where a licence is not known; the card says so")
-    ] = False,
-    key: Annotated[Path | None, typer.Option("--sign", help="sign with this private key (extra sign)")] = None,
-) -> None:
-    """Make the folder that one publishes: weights, card, licence, notice, manifest, digests."""
-    _one_of(what, ("merged", "adapter", "both"), "--what")
-    _one_of(base, _BASES, "--base")
-    _one_of(layout, _LAYOUTS, "--layout")
-    from finetune import pipeline
-
-    pipeline.release(
-        run, out, what, Terminal(), choice=base, layout=layout, data_licence=data_licence, allow_unknown=allow_unknown,
-        key=key,
-    )  # fmt: skip
-
-
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="a release", show_default=False)],
-    key: Annotated[Path | None, typer.Option("--key", help="the public key that it must be signed with")] = None,
-) -> None:
-    """Check every byte of a release. Exit 1 where anything differs. Needs no torch."""
-    from finetune import signature
-    from finetune import verify as checks
-
-    try:
-        faults = checks.faults(folder)
-        faults += signature.check_signature(folder, key) if key is not None else []
-    except checks.NoRelease as error:
-        raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None
-    except signature.CannotCheck as error:
-        raise EnvironmentFault(str(error), str(folder), "pip install 'finetune-qwen[sign]'") from None
-    if faults:
-        raise FinetuneError.of([Fault(fault, str(folder)) for fault in faults])
-    typer.echo(f"{folder}: every file is what was released{'' if key is None else ', and the signature is right'}")
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="a model folder, or an adapter's", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="native (plain transformers) or original (the first Qwen's own)")],
-) -> None:
-    """Write a model or an adapter in the other layout. The numbers stay as they are."""
-    _one_of(to, _LAYOUTS, "--to")
-    from finetune import pipeline
-
-    pipeline.convert(source, out, to, Terminal())
+for _verb in shipcli.VERBS:
+    app.command()(_verb)
 
 
 @app.command()

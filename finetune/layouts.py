@@ -95,6 +95,16 @@ def write_tokenizer(base: Base, out: Path) -> None:
     write_synced(out / "tokenizer_config.json", json_bytes(settings | {"tokenizer_class": "Qwen2Tokenizer"}))
 
 
+def copy_tokenizer(base: Base, out: Path) -> None:
+    """The native tokenizer files alone: what an adapter's user needs to write the prompts that it was trained on."""
+    if base.layout != "native":
+        write_tokenizer(base, out)
+        return
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, out / name)
+
+
 def is_chat(base: Base) -> bool:
     """Whether the model was published as one that chats."""
     where = base.folder if base.layout == "original" else base.folder / ORIGIN

@@ -16,6 +16,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override a key: --set train.steps=20", metavar="KEY=VALUE")
 ]
 
+RunPath = Annotated[Path, typer.Argument(help="the run's folder (`output:` of its recipe)", show_default=False)]
+
 
 def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
     """Refuse a faulty recipe before torch is imported."""

@@ -138,6 +138,16 @@ def merge(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str 
     return certify.merge_run(folder, out, choice, terminal, layout)
 
 
+def export(run: Path, out: Path, to: str, target: str, terminal: Terminal) -> None:
+    """Write a run's result for another program."""
+    if to != "adapter":
+        merge(run, out, "auto", terminal, "native" if to == "huggingface" else to)
+        return
+    from finetune import export as exporting
+
+    exporting.adapter_for(run, out, target, terminal)
+
+
 def release(run: Path, out: Path, what: str, terminal: Terminal, **how: Any) -> None:
     """Make the folder that one publishes of a finished run; ``how`` as of ``release.release``."""
     from finetune import release as releasing

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune import certify, checkpoint, finished, gather, layouts, scores, seal, terms
-from finetune.base import Base
 from finetune.card import Card
 from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.prepare import Prepared
@@ -55,7 +54,7 @@ def release(
         if "adapter" in parts:
             _copy_adapter(files, temporary if parts == ("adapter",) else temporary / "adapter")
         if parts == ("adapter",):
-            _copy_tokenizer(prepared.base, temporary)
+            layouts.copy_tokenizer(prepared.base, temporary)
         _describe(prepared, files, (temporary, out.name), parts, found, merged)
         if key is not None:
             seal.sign(temporary, key)
@@ -66,14 +65,6 @@ def _copy_adapter(files: RunFolder, to: Path) -> None:
     to.mkdir(exist_ok=True)
     for name in _ADAPTER:
         shutil.copyfile(files.adapter / name, to / name)
-
-
-def _copy_tokenizer(base: Base, to: Path) -> None:
-    """What an adapter's user needs to write the prompts that it was trained on."""
-    layouts.write_tokenizer(base, to)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
-        if base.layout == "native" and (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, to / name)
 
 
 def _describe(

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
-ENTRANCE = ["cli", "datacli", "options", "pipeline", "chat"]
+ENTRANCE = ["cli", "datacli", "shipcli", "options", "pipeline", "chat"]
 ROAD = [
-    "release", "seal", "card", "terms",
+    "release", "export", "seal", "card", "terms",
     "certify", "finished", "convert", "adapter_layout", "adapter_file", "dashboard", "train", "run", "look",
     "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats", "similar", "texts", "report", "plan",
     "targets", "budget", "merge", "proof", "scores", "evaluate", "metrics", "devices", "loop", "checkpoint", "model",
@@ -23,7 +23,7 @@ ROAD = [
     "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers",
     "identity", "hardware",
 ]  # fmt: skip
-CHOICES = ["families", "formats", "evals", "objectives", "kernels", "recipe", "known_models"]
+CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
     "interrupts", "terminal", "schedule", "decoder", "messages", "conversation", "signature", "verify",
     "manifest", "runfolder", "errors",

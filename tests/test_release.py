@@ -177,3 +177,20 @@ def test_nothing_is_overwritten(finished: Path) -> None:
     licensed()
     assert release(*KNOWN).code == 5
     assert [path.name for path in OUT.iterdir()] == ["thesis.doc"]
+
+
+def test_an_adapter_is_exported_for_its_consumer(finished: Path) -> None:
+    from safetensors.torch import load_file
+
+    said = finetune("export", str(OUTPUT), "--out", str(OUT), "--target", "vllm")
+    assert said.code == 0, said.err
+    assert "--max-lora-rank 4" in said.out
+    assert {path.name for path in OUT.iterdir()} >= {"adapter_config.json", "tokenizer.json", "manifest.json"}
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (OUT, OUTPUT / "adapter"))
+    assert one.keys() == two.keys()
+    assert all(one[key].equal(two[key]) for key in one)
+    assert finetune("export", str(OUTPUT), "--out", str(OUT)).code == 5
+    assert finetune("export", str(OUTPUT), "--out", "x", "--to", "gguff").code == 2
+    config = json.loads((OUTPUT / "adapter/adapter_config.json").read_text())
+    (OUTPUT / "adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert finetune("export", str(OUTPUT), "--out", "x", "--target", "vllm").code == 4  # the adapter was altered

@@ -1,0 +1,114 @@
+"""The verbs that ship: merge, export, release, verify, convert. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.errors import EnvironmentFault, Fault, FinetuneError, ModelError
+from finetune.options import RunPath
+from finetune.terminal import Terminal
+
+_BASES, _LAYOUTS = ("auto", "replayed", "original"), ("native", "original")
+_EXPORTS = ("adapter", "huggingface", "original")
+
+
+def merge(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
+    base: Annotated[
+        str, typer.Option("--base", help="replayed (as trained against), original (as published), or what is nearer")
+    ] = "auto",
+    layout: Annotated[
+        str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")
+    ] = "native",
+) -> None:
+    """Fold a run's adapter into its base, and prove that the result is the trained model."""
+    _one_of(base, _BASES, "--base")
+    _one_of(layout, _LAYOUTS, "--layout")
+    from finetune import pipeline
+
+    pipeline.merge(run, out, base, Terminal(), layout)
+
+
+def _one_of(word: str, legal: Sequence[str], option: str) -> None:
+    if word not in legal:
+        raise typer.BadParameter(f"must be {', '.join(legal[:-1])} or {legal[-1]}", param_hint=option)
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
+    to: Annotated[str, typer.Option("--to", help="adapter, huggingface or original")] = "adapter",
+    target: Annotated[str, typer.Option("--target", help="who is to load an adapter: peft or vllm")] = "peft",
+) -> None:
+    """Write a run's result for another program: a plain LoRA adapter, or the merged model in a layout."""
+    _one_of(to, _EXPORTS, "--to")
+    _one_of(target, ("peft", "vllm"), "--target")
+    from finetune import pipeline
+
+    pipeline.export(run, out, to, target, Terminal())
+
+
+def release(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="the folder to publish, which must not exist")],
+    what: Annotated[str, typer.Option("--what", help="merged, adapter or both")] = "merged",
+    base: Annotated[str, typer.Option("--base", help="as of `finetune merge`")] = "auto",
+    layout: Annotated[str, typer.Option("--layout", help="as of `finetune merge`")] = "native",
+    data_licence: Annotated[
+        str | None, typer.Option("--data-licence", help="the data's licence, where no text beside it says it")
+    ] = None,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown-licence", help="go on where a licence is not known; the card says so")
+    ] = False,
+    key: Annotated[Path | None, typer.Option("--sign", help="sign with this private key (extra sign)")] = None,
+) -> None:
+    """Make the folder that one publishes: weights, card, licence, notice, manifest, digests."""
+    _one_of(what, ("merged", "adapter", "both"), "--what")
+    _one_of(base, _BASES, "--base")
+    _one_of(layout, _LAYOUTS, "--layout")
+    from finetune import pipeline
+
+    pipeline.release(
+        run, out, what, Terminal(), choice=base, layout=layout, data_licence=data_licence, allow_unknown=allow_unknown,
+        key=key,
+    )  # fmt: skip
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a release", show_default=False)],
+    key: Annotated[Path | None, typer.Option("--key", help="the public key that it must be signed with")] = None,
+) -> None:
+    """Check every byte of a release. Exit 1 where anything differs. Needs no torch."""
+    from finetune import signature
+    from finetune import verify as checks
+
+    try:
+        faults = checks.faults(folder)
+        faults += signature.check_signature(folder, key) if key is not None else []
+    except checks.NoRelease as error:
+        raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None
+    except signature.CannotCheck as error:
+        raise EnvironmentFault(str(error), str(folder), "pip install 'finetune-qwen[sign]'") from None
+    if faults:
+        raise FinetuneError.of([Fault(fault, str(folder)) for fault in faults])
+    typer.echo(f"{folder}: every file is what was released{'' if key is None else ', and the signature is right'}")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="a model folder, or an adapter's", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="native (plain transformers) or original (the first Qwen's own)")],
+) -> None:
+    """Write a model or an adapter in the other layout. The numbers stay as they are."""
+    _one_of(to, _LAYOUTS, "--to")
+    from finetune import pipeline
+
+    pipeline.convert(source, out, to, Terminal())
+
+
+VERBS = (merge, export, release, verify, convert)

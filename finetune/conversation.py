@@ -222,16 +222,25 @@ def _check_text(text: str, place: str, special_tokens: Collection[str]) -> None:
     if not text.isascii() and (found := LONE_SURROGATE.search(text)):
         what = f"has half a surrogate pair ({shown(found.group())}) at {found.start()}"
         raise RowFault(place, what, "it is no text; write the whole character", code="lone_surrogate")
-    if special_tokens and (token := _any_of(tuple(special_tokens)).search(text)):
+    if special_tokens and (token := _find_any(text, tuple(special_tokens))):
         what = f"holds the special token {token.group()!r} as text at {token.start()}"
         fix = "it would act as a control token; remove it, or declare it in data.literal_tokens"
         raise RowFault(place, what, fix, code="special_token")
 
 
+def _find_any(text: str, tokens: tuple[str, ...]) -> re.Match[str] | None:
+    """The first of these texts that stands in ``text``."""
+    sign, pattern = _any_of(tokens)
+    return pattern.search(text) if sign in text else None  # looking for one character is far cheaper
+
+
 @functools.lru_cache(maxsize=8)
-def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds any of these texts; nothing where there is none. Longer ones first, so that the whole one is named."""
-    return re.compile("|".join(re.escape(one) for one in sorted(tokens, key=len, reverse=True) if one) or "(?!)")
+def _any_of(tokens: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
+    """(a character that each of them has, or none; what finds any of them, longer ones first so that a whole one is
+    named)."""
+    found = sorted(filter(None, tokens), key=len, reverse=True)
+    shared = set.intersection(*map(set, found)) if found else set()
+    return min(shared, default=""), re.compile("|".join(map(re.escape, found)) or "(?!)")
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -91,7 +91,7 @@ def _not_utf8(path: Path, place: int, raw: bytes, error: UnicodeDecodeError) -> 
 
 def _parsed(text: str, number: int, place: int, done: float) -> Record:
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = _DECODER.decode(text)
     except RowFault as fault:
         return Record(number=number, place=place, value=None, fault=fault)
     except (ValueError, RecursionError) as error:
@@ -124,6 +124,9 @@ def _refuse_constant(name: str) -> Any:
     raise RowFault("", what, "mend or remove the row", code="not_a_number")
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
 def _array(path: Path) -> Iterator[Record]:
     raw = b"".join(_raw_lines(path))
     try:
@@ -132,7 +135,7 @@ def _array(path: Path) -> Iterator[Record]:
         place = raw[: error.start].count(b"\n") + 1
         raise _not_utf8(path, place, raw, error) from None
     try:
-        rows = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        rows = _DECODER.decode(text)
     except RowFault as fault:
         raise DataError(fault.what, f"{path}:1", fault.fix) from None
     except (ValueError, RecursionError) as error:

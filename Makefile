@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench clean
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench notebooks clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -59,9 +59,14 @@ test-recipes: setup
 rehearsal-14b: setup
 	$(RUN)/python benchmarks/rehearsal_14b.py all runs/rehearsal-14b
 
+# Executes the notebooks and writes their .ipynb with fresh outputs.
+notebooks: setup
+	$(RUN)/python notebooks/make.py
+
 bench: base
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock
 	$(RUN)/python benchmarks/train.py
+	$(RUN)/python benchmarks/data.py
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

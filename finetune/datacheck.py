@@ -225,7 +225,7 @@ def _add_outliers(report: Report, lengths: Sequence[int]) -> None:
     median = sorted(lengths)[len(lengths) // 2]
     long = [length for length in lengths if length > _LONG * max(median, 1)]
     if long:
-        what = (
-            f"{len(long)} rows are over {_LONG} times as long as the median ({median} characters; longest {max(long)})"
-        )
+        are = "row is" if len(long) == 1 else "rows are"
+        usual = f"{_LONG} times as long as the median ({median} characters; longest {max(long)})"
+        what = f"{len(long)} {are} over {usual}"
         report.add(None, RowFault("", what, "see whether they belong here", code="length_outlier"), "warning")

@@ -12,15 +12,15 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from finetune import dataset
-from finetune.conversation import RowFault
+from finetune.conversation import Conversation, RowFault
 from finetune.dataset import Reader
 from finetune.errors import DataError, EnvironmentFault
 from finetune.records import Record
+from finetune.repeats import every_turn, exact_digest
 from finetune.runfolder import disk_fault, sync_file, sync_folder
 
 _TOLD = 1000
@@ -58,7 +58,7 @@ def fix(reader: Reader, out: Path, progress: dataset.Progress = dataset.silent) 
 
 def _write(reader: Reader, parts: Sequence[Path], progress: dataset.Progress) -> dict[str, int]:
     counts = {"kept": 0, "mended": 0, "left out": 0}
-    seen: set[bytes] = set()
+    seen: set[int] = set()
     with parts[0].open("w", encoding="utf-8") as rows, parts[1].open("w", encoding="utf-8") as log:
 
         def tell(record: Record, done: str, fault: RowFault) -> None:
@@ -69,15 +69,15 @@ def _write(reader: Reader, parts: Sequence[Path], progress: dataset.Progress) ->
         for where, record in reader.source.records():
             if record.number % _TOLD == 0:
                 progress(reader.source.path, record.number, record.done)
-            value, changes, fault = record.value, list[RowFault](), record.fault
+            value, changes, fault, says = record.value, list[RowFault](), record.fault, None
             if value is not None:
-                value, changes, fault = _mended(value, record, reader)
+                value, changes, fault, says = _mended(value, record, reader)
             if fault is not None and fault.code in ("unknown_format", "ambiguous_format"):
                 raise DataError(fault.what, where, fault.fix)
             text = json.dumps(value, ensure_ascii=False)
-            digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            digest = exact_digest(every_turn(says)) if says else 0
             if fault is None and digest in seen:
-                fault = RowFault("", "stands there already", code="duplicate")
+                fault = RowFault("", "says what an earlier row says", code="duplicate")
             for change in changes if fault is None else ():
                 tell(record, "mended", change)
             if fault is not None:
@@ -94,19 +94,19 @@ def _write(reader: Reader, parts: Sequence[Path], progress: dataset.Progress) ->
 
 def _mended(
     value: dict[str, Any], record: Record, reader: Reader
-) -> tuple[dict[str, Any], list[RowFault], RowFault | None]:
-    """(the row as it may be trained, what was changed in it, what cannot be mended)."""
+) -> tuple[dict[str, Any], list[RowFault], RowFault | None, Conversation | None]:
+    """(the row as it may be trained, what was changed in it, what cannot be mended, what it says)."""
     value, changes = copy.deepcopy(value), list[RowFault]()
     for _ in range(_MOST_REPAIRS):
         try:
-            reader.conversation(replace(record, value=value))
+            says = reader.conversation(replace(record, value=value))
         except RowFault as fault:
             if not _mend(value, fault, reader.source.columns):
-                return value, changes, fault
+                return value, changes, fault, None
             changes.append(fault)
         else:
-            return value, changes, None
-    return value, changes, changes[-1]
+            return value, changes, None, says
+    return value, changes, changes[-1], None
 
 
 def _mend(value: dict[str, Any], fault: RowFault, columns: Mapping[str, str]) -> bool:

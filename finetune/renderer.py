@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
+_REMEMBERED = 64
+"""Stretches whose ids are remembered."""
 _EDGE = 24
 """Characters of an answer within which a token that reaches back into the prompt would be seen."""
 _REMOVE = "this template cannot be trained on such a row; remove it"
@@ -56,6 +58,8 @@ class Renderer:
         self.literals = tuple(literals)
         self._backend: Any = tokenizer.backend_tokenizer
         self._frames: dict[str, tuple[int, ...]] = {}
+        self._known: dict[str, list[int]] = {}
+        self._separable = self._separates()
 
     def text(self, conversation: Conversation, where: str, *, prompt: bool) -> str:
         """The template's text; with ``prompt`` it ends where the assistant begins to answer. Raises DataError."""
@@ -90,13 +94,33 @@ class Renderer:
 
     def encode(self, text: str, sign: str = "") -> tuple[int, ...]:
         """The ids of rendered text. ``sign`` encloses the number of each literal that stands in it."""
-        if not sign:  # the wrapper around the backend takes longer than the backend
-            self._backend.encode_special_tokens = False
-            return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        if not sign:
+            *turns, rest = text.split(self.stop_token) if self._separable else [text]
+            stretches = [turn + self.stop_token for turn in turns] + ([rest] if rest else [])
+            return tuple(token for stretch in stretches for token in self._stretch(stretch))
         ids: list[int] = []
         for index, part in enumerate(re.split(f"{sign}(\\d+){sign}", text)):
             ids += self._plain(self.literals[int(part)]) if index % 2 else self.encode(part)
         return tuple(ids)
+
+    def _stretch(self, text: str) -> list[int]:
+        """Ids of a text. Earlier turns come again with each later prompt, system turns with each row."""
+        known = self._known.get(text)
+        if known is None:
+            self._backend.encode_special_tokens = False  # the wrapper around the backend takes longer than the backend
+            known = list(self._backend.encode(text, add_special_tokens=False).ids)
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[text] = known
+        return known
+
+    def _separates(self) -> bool:
+        """Whether what follows a stop token has the ids that it has alone, so that stretches can be encoded apart."""
+        token = self.tokenizer.added_tokens_decoder.get(self.tokenizer.convert_tokens_to_ids(self.stop_token))
+        if token is None or not token.special or token.lstrip or token.rstrip or token.single_word:
+            return False
+        pairs = [(f"a{self.stop_token}", text) for text in (" b", "b", "\n\n b", "é", self.stop_token)]
+        return all(self._stretch(one + two) == self._stretch(one) + self._stretch(two) for one, two in pairs)
 
     def normal(self, text: str) -> str:
         """The text as the tokenizer reads it: many, Qwen's among them, compose characters first (Unicode NFC)."""

@@ -60,7 +60,7 @@ class Repeats:
     def look(self, read: Read, conversation: Conversation) -> Iterator[Found]:
         """What a row repeats. Near copies of it, and of rows before it, may come with a later row or from ``rest``."""
         turns = every_turn(conversation)
-        folded, exact = dataset.folded(turns), _digest(turns)
+        folded, exact = dataset.folded(turns), exact_digest(turns)
         known = False
         if again := self._met.find(folded, exact):
             known = True
@@ -108,6 +108,7 @@ def _leak(what: str) -> RowFault:
     return RowFault("", f"{what}: a score on it flatters", "hold it out", code="leak")
 
 
-def _digest(turns: Sequence[Turn]) -> int:
+def exact_digest(turns: Sequence[Turn]) -> int:
+    """A digest of what the turns say, to the character."""
     text = "\1".join(f"{turn.role}\0{turn.content}" for turn in turns)
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

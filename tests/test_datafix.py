@@ -82,3 +82,9 @@ def test_other_columns_keep_their_names(tmp_path: Path) -> None:
     assert read(tmp_path / "y.jsonl") == [{"dialog": chat("a", "b")["messages"], "id": 7}]
     assert finetune("data", "check", str(tmp_path / "y.jsonl"), "--column", "messages=dialog").code == 0
     assert finetune("data", "check", str(tmp_path / "y.jsonl"), "--column", "messages").code == 2
+
+
+def test_rows_that_say_the_same_are_one_whatever_else_they_hold(tmp_path: Path) -> None:
+    """As the check counts them: a column that is not read makes no other row."""
+    write_rows(tmp_path / "x.jsonl", [chat("a", "b") | {"id": 1}, chat("a", "b") | {"id": 2}])
+    assert mend(tmp_path / "x.jsonl", tmp_path / "y.jsonl") == {"kept": 1, "mended": 0, "left out": 1}

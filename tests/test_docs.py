@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     path
-    for folder in ("docs", "benchmarks", "data")
+    for folder in ("docs", "benchmarks", "data", "notebooks")
     for path in (ROOT / folder).rglob("*.md")
     if "bases" not in path.parts
 )

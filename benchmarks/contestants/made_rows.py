@@ -123,7 +123,8 @@ def judge(file: Path, planted: Sequence[tuple[int, int]], found: Sequence[tuple[
     others = [_jaccard(rows[one], rows[other]) for one, other in sorted(named - wanted)]
     real = sorted(_jaccard(rows[one], rows[other]) for one, other in sorted(wanted))
     return {
-        "planted": len(wanted), "planted_found": len(named & wanted), "planted_jaccard": [real[0], real[len(real) // 2]],
+        "planted": len(wanted), "planted_found": len(named & wanted),
+        "planted_jaccard": {"min": real[0], "median": real[len(real) // 2]},
         "others": len(others), "others_below_0.8": sum(one < 0.8 for one in others),
         "others_below_0.6": sum(one < 0.6 for one in others),
     }  # fmt: skip

@@ -15,8 +15,10 @@ THRESHOLD, PERMUTATIONS = 0.8, 128
 
 def near(call: Call) -> Told:
     """Each row asked for and then put in, as datasketch's documentation has it; of several the most similar counts."""
-    index, kept, pairs = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS), [], []
-    for number, line in enumerate(Path(call.file).open(encoding="utf-8")):
+    index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
+    kept: list[MinHash] = []
+    pairs: list[tuple[int, int]] = []
+    for number, line in enumerate(Path(call.file).read_text(encoding="utf-8").splitlines()):
         runs = shingles(whole(json.loads(line)))
         sketch = MinHash(num_perm=PERMUTATIONS)
         sketch.update_batch([run.encode() for run in runs])

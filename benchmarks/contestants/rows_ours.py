@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from finetune import base, datacheck, gather, schedule, similar, store, tokenize
 from finetune.conversation import RowFault
 from finetune.dataset import Reader, Source
 from finetune.renderer import Renderer
+from finetune.samples import Stored
 from finetune.similar import Similar
 from finetune.window import Window
 
@@ -50,7 +52,7 @@ def tokenise(call: Call) -> Told:
     return told
 
 
-def _opened(call: Call) -> store.Stored:
+def _opened(call: Call) -> Stored:
     os.environ["XDG_CACHE_HOME"] = call.folder
     source = Source(path=call.file)
     speaks = renderer(call.base)
@@ -59,8 +61,10 @@ def _opened(call: Call) -> store.Stored:
 
 
 def check(call: Call) -> Told:
-    """Without a model, as `finetune data check FILE` does it."""
-    report = datacheck.check(Reader(Source(path=call.file), datacheck.CONTROL))
+    """Without a model, as `finetune data check FILE` does it; ``all``: near copies and languages are looked for too."""
+    every = bool(call.options.get("all"))
+    search = datacheck.Search(near=every, languages=every)
+    report = datacheck.check(Reader(Source(path=call.file), datacheck.CONTROL), search=search)
     return lambda: {
         "rows": report.rows, "trainable": report.trainable, "errors": report.errors,
         "codes": dict(report.counts),
@@ -68,7 +72,7 @@ def check(call: Call) -> Told:
 
 
 def pack(call: Call) -> Told:
-    """One epoch's steps, each packed."""
+    """One epoch's steps, each packed. ``read``: and every pack's samples read from the store, as training does it."""
     lengths: list[int] = call.options["lengths"]
     tokens = call.options["step"] * call.window if call.options["step"] else sum(lengths)
     steps = schedule.steps(lengths, SEED, count=None, epochs=1.0, examples=None, tokens=tokens)
@@ -77,6 +81,10 @@ def pack(call: Call) -> Told:
         for step in steps
         for positions in schedule.pack([lengths[index] for index in step], call.window)
     ]
+    if call.options.get("read"):
+        stored = _opened(call)
+        for one in packs:
+            array("i", [token for index in one for token in stored.example(index).ids])
     return lambda: {"packs": len(packs), "fill": sum(lengths) / (len(packs) * call.window), "steps": len(steps)}
 
 

@@ -1,11 +1,12 @@
 """`datasets` and TRL on the same rows: what one writes after reading their documentation, and the fastest of it.
 
-Every contestant opens the file itself, with caches in the folder that it is given. Answers are marked as `finetune` marks
-them: their tokens and the stop token behind each.
+Every contestant opens the file itself, with caches in the folder that it is given. Answers are marked as `finetune`
+marks them: their tokens and the stop token behind each.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -109,8 +110,8 @@ def trainer(folder: str) -> Any:
     return SFTTrainer(
         model=LlamaForCausalLM(shape), processing_class=reads, train_dataset=Dataset.from_list(rows),
         args=SFTConfig(
-            output_dir="unused", assistant_only_loss=True, report_to="none", use_cpu=True, disable_tqdm=True,
-            bf16=False, save_strategy="no", shuffle_dataset=False,
+            output_dir=tempfile.gettempdir(), assistant_only_loss=True, report_to="none", use_cpu=True,
+            disable_tqdm=True, bf16=False, save_strategy="no", shuffle_dataset=False,
         ),
     )  # fmt: skip
 
@@ -132,7 +133,7 @@ def told(rows: Dataset, call: Call) -> dict[str, Any]:
         tokens += pc.sum(pc.list_value_length(table["input_ids"])).as_py()
         supervised += pc.sum(pc.not_equal(pc.list_flatten(table["labels"]), IGNORED)).as_py()
         samples += len(pc.list_flatten(table["seq_lengths"])) if "seq_lengths" in table.column_names else len(table)
-    found = {"samples": samples, "tokens": tokens, "supervised": supervised}
+    found: dict[str, Any] = {"samples": samples, "tokens": tokens, "supervised": supervised}
     if call.options.get("digests"):
         stop = tokenizer(call.base).convert_tokens_to_ids("<|im_end|>")
         found["digests"] = [

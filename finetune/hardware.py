@@ -143,6 +143,10 @@ def memory_in_use() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+CODEC = 1
+"""The version of the arithmetic in ``kernels/four_bit``; a base packed before it had one was bitsandbytes'."""
+
+
 def environment(hardware: Hardware) -> dict[str, str | int]:
     """What a run's bits depend on besides recipe, data and base (each was measured to change them)."""
     from importlib.metadata import version
@@ -154,5 +158,6 @@ def environment(hardware: Hardware) -> dict[str, str | int]:
         "instruction_set": hardware.instruction_set,
         "threads": hardware.threads,
         "python": platform.python_version(),
+        "four_bit_codec": CODEC,
         **{name: version(name) for name in packages},
     }

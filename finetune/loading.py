@@ -6,6 +6,7 @@ files there); quantising and moving to the device follow at once, so that memory
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from finetune import layouts
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, Fault, ModelError
-from finetune.kernels import frozen_linear, logn
+from finetune.kernels import four_bit, frozen_linear, logn
 from finetune.shards import Reader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -209,10 +210,50 @@ def _quantization(form: BaseForm) -> Any:
     from transformers import BitsAndBytesConfig
 
     if form.weights in ("nf4", "fp4"):
-        return BitsAndBytesConfig(
+        config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=form.weights,
             bnb_4bit_use_double_quant=form.double,
             bnb_4bit_compute_dtype=DTYPES[form.compute],
         )
+        config.quant_method = _own_codec()
+        return config
     return BitsAndBytesConfig(load_in_8bit=True) if form.weights == "int8" else None
+
+
+@functools.cache
+def _own_codec() -> str:
+    """Make a 4-bit quantiser known to transformers under the returned name: bitsandbytes' layers, our packed weights.
+
+    By its public registry. The name only chooses the class: once made, it calls itself bitsandbytes again, which is
+    what PEFT, accelerate and a saved config ask for.
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+    from transformers.quantizers import register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    class Pack(Bnb4bitQuantize):  # type: ignore[misc]  # the library ships no types
+        """Called with one tensor at a time, on its device and in the compute dtype."""
+
+        def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **__: Any) -> dict[str, Any]:
+            made = {}
+            for name, value in input_dict.items():
+                weight = value[0] if isinstance(value, list) else value
+                layer, empty = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+                double, blocksize = empty.compress_statistics, empty.blocksize
+                packed = four_bit.quantize(weight, empty.quant_type, double=double, blocksize=blocksize)
+                made[name] = four_bit.parameter(packed, layer)
+                layer._is_hf_initialized = True  # the loader's mark: do not fill it at random
+            return made
+
+    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # the library ships no types
+        def __init__(self, config: Any, **rest: Any) -> None:
+            config.quant_method = QuantizationMethod.BITS_AND_BYTES
+            super().__init__(config, **rest)
+
+        def get_quantize_ops(self) -> Any:
+            return Pack(self)
+
+    register_quantizer("finetune_4bit")(Quantizer)
+    return "finetune_4bit"

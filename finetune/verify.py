@@ -23,6 +23,7 @@ damaged and missing file, and no additional one. For the signature, see signatur
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import hashlib
 import json
@@ -73,9 +74,8 @@ def faults(folder: Path) -> list[str]:
     if listed is None:  # of our own files nothing is known then, so they pass here; that SHA256SUMS is bad is said
         listed = recorded | {name: actual[name] for name in OURS & set(actual)}
     for name in sorted({*actual, *recorded, *listed}):
-        fault = _judged(name, actual.get(name), recorded.get(name), listed.get(name))
-        found += [fault] if fault and fault not in found else []
-    return found
+        found.append(_judged(name, actual.get(name), recorded.get(name), listed.get(name)) or "")
+    return [fault for fault in dict.fromkeys(found) if fault]
 
 
 def _judged(name: str, actual: str | None, recorded: str | None, listed: str | None) -> str | None:
@@ -202,8 +202,8 @@ def _recorded(data: bytes) -> dict[str, str]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it names {next(key for key in keys if keys.count(key) > 1)!r:.80} twice")
+        counts = collections.Counter(key for key, _ in pairs)
+        raise ValueError(f"it names {counts.most_common(1)[0][0]!r:.80} twice")
     return made
 
 

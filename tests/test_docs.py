@@ -92,7 +92,7 @@ def test_tests_mirror_the_package() -> None:
         "known_models": "test_base", "errors": "test_cli", "finished": "test_merge_run", "certify": "test_merge_run",
         "train": "test_run", "records": "test_datacheck", "adapter_file": "test_adapter_layout",
         "metrics": "test_run", "tokenizer": "test_base",
-        "loading": "test_base", "layouts": "test_convert", "unpickle": "test_pickles",
+ "layouts": "test_convert", "unpickle": "test_pickles",
         "headers": "test_base", "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
         "messages": "formats/test_chat", "datacli": "test_datacheck", "card": "test_release", "shipcli": "test_cli",
         "export": "test_release", "terms": "test_release", "signature": "test_verify", "options": "test_cli",

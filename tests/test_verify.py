@@ -225,6 +225,15 @@ def test_a_hostile_manifest_is_a_fault_and_no_crash(release: Path, manifest: byt
     assert any("manifest.json is damaged" in fault and says in fault for fault in rewritten(release, manifest))
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("repeated", [b"", b', "199999": 1'])
+def test_a_manifest_as_long_as_allowed_is_judged_in_seconds(release: Path, repeated: bytes) -> None:
+    """A hostile one may name very many files that are not there; work that grows with its square would take hours."""
+    entries = b", ".join(b'"%d": "%s"' % (number, b"0" * 64) for number in range(200_000))
+    found = rewritten(release, b'{"release": 1, "sha256": {' + entries + repeated + b"}}")
+    assert len(found) == (1 if repeated else 200_000 + len(PAYLOAD))
+
+
 def test_what_no_digest_covers_is_a_fault(release: Path) -> None:
     (release / "link").symlink_to("README.md")
     (release / "weights/empty").unlink()

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch.nn.functional import linear
+
+from finetune.kernels import four_bit
 
 
 def dense_weight(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -102,8 +104,7 @@ def replay(weight: torch.Tensor, weights: str, double: bool) -> torch.Tensor:
     the result; bit-equal to ``dense_weight`` of the layer that loading makes from it.
     """
     if weights in ("nf4", "fp4"):
-        packed, state = quantize_4bit(weight.contiguous(), quant_type=weights, compress_statistics=double)
-        return dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+        return four_bit.round_trip(weight, weights, double=double)
     if weights == "int8":
         codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
         return dense_int8(codes, scales, weight.dtype)

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune import dataset, similar, texts, window
-from finetune.conversation import Conversation, RowFault
+from finetune.conversation import Conversation, RowFault, strings
 from finetune.dataset import Read, Reader
 from finetune.errors import DataError
-from finetune.repeats import Met, Repeats, every_turn
+from finetune.repeats import Met, Repeats
 from finetune.texts import Languages
 
 if TYPE_CHECKING:
@@ -203,9 +203,14 @@ def _unfit(conversation: Conversation, where: str, fitting: Window) -> Iterator[
 
 
 def _odd(conversation: Conversation, search: Search) -> Iterator[RowFault]:
-    for number, turn in enumerate(every_turn(conversation), 1):
-        for oddity in texts.oddities(turn.content, search.personal):
-            yield RowFault(f"turn {number} ({turn.role})", oddity.message, oddity.fix, code=oddity.code)
+    """What is odd about any text of a row: contents, thinking, arguments of calls, descriptions of tools."""
+    for number, turn in enumerate(conversation.every_turn(), 1):
+        for text in (turn.content, turn.thinking, *(one for call in turn.calls for one in strings(call.arguments))):
+            for oddity in texts.oddities(text, search.personal) if text else ():
+                yield RowFault(f"turn {number} ({turn.role})", oddity.message, oddity.fix, code=oddity.code)
+    for text in strings(conversation.tools):
+        for oddity in texts.oddities(text, search.personal):
+            yield RowFault("tools", oddity.message, oddity.fix, code=oddity.code)
 
 
 def _add_strays(report: Report, languages: Languages) -> None:

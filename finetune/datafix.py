@@ -20,7 +20,7 @@ from finetune.conversation import Conversation, RowFault
 from finetune.dataset import Reader
 from finetune.errors import DataError, EnvironmentFault
 from finetune.records import Record
-from finetune.repeats import every_turn, exact_digest
+from finetune.repeats import exact_digest
 from finetune.runfolder import disk_fault, sync_file, sync_folder
 
 _TOLD = 1000
@@ -75,7 +75,7 @@ def _write(reader: Reader, parts: Sequence[Path], progress: dataset.Progress) ->
             if fault is not None and fault.code in ("unknown_format", "ambiguous_format"):
                 raise DataError(fault.what, where, fault.fix)
             text = json.dumps(value, ensure_ascii=False)
-            digest = exact_digest(every_turn(says)) if says else 0
+            digest = exact_digest(says) if says else 0
             if fault is None and digest in seen:
                 fault = RowFault("", "says what an earlier row says", code="duplicate")
             for change in changes if fault is None else ():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from finetune import conversation, datafolder, formats, hubdata, records
+from finetune import datafolder, formats, hubdata, records, rowcheck
 from finetune.conversation import Conversation, RowFault, shown
 from finetune.errors import DataError, Fault
 from finetune.recipe import paths
@@ -77,6 +77,8 @@ class Source:
         """The files that hold its rows; none for a data set on the hub. Raises DataError."""
         path = Path(self.path)
         if not path.is_dir():
+            if path.exists() and not path.is_file():  # a pipe would wait for ever
+                raise DataError("this is not a regular file", self.path, "name a file")
             return [] if self.on_hub else [path]
         if datafolder.stored(path):
             return sorted(file for file in path.rglob("*") if file.is_file())
@@ -164,7 +166,7 @@ class Reader:
             self.format = formats.get(name)
             self.mapping = formats.mapping(name, row)
         read = self.format.read(row)
-        conversation.check(read, self.special_tokens, self.literals)
+        rowcheck.check(read, self.special_tokens, self.literals)
         return read
 
 
@@ -223,10 +225,10 @@ def draw(rows: int, fraction: float, seed: int, place: str) -> set[int]:
     return held
 
 
-def folded(turns: Sequence[conversation.Turn]) -> bytes:
-    """A digest of what the turns say, white space and case aside. → 8 bytes"""
-    text = "\1".join(f"{turn.role}\0{' '.join(turn.content.split()).casefold()}" for turn in turns)
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def folded(found: Conversation) -> bytes:
+    """A digest of what a row says, white space and case aside. → 8 bytes"""
+    text = "\1".join(f"{turn.role}\0{' '.join(turn.says().split()).casefold()}" for turn in found.every_turn())
+    return blake2b(f"{text}{found.described()}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 Progress = Callable[[str, int, float], None]

@@ -135,7 +135,7 @@ def _repeats(stores: Sequence[Stored], held_numbers: Sequence[set[int]], held: S
     said = []
     if len(known) < len(every):
         said.append(f"{len(every) - len(known)} of {len(every)} training rows repeat an earlier one")
-    asked = np.array([int.from_bytes(dataset.folded(row.conversation.turns), "little") for row in held], dtype="u8")
+    asked = np.array([int.from_bytes(dataset.folded(row.conversation), "little") for row in held], dtype="u8")
     twice = np.flatnonzero(np.isin(asked, known))
     if len(twice):
         first = int(twice[0])

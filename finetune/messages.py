@@ -7,7 +7,6 @@ that would change what is trained are read or refused, never passed over.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,13 @@ CALL = "function_call"
 THINKING = ("reasoning_content", "reasoning", "thinking")
 UNREAD = ("audio", "refusal")
 """Keys that change what the model is to say. Reading past one would train on something other than the row."""
-_MOST_WEIGHT = 100.0
+KNOWN = {
+    "role", "content", "from", "value", "weight", "train", "tool_calls", "function_call", *THINKING, *UNREAD,
+}  # fmt: skip
+"""Keys that mean something here; another that looks like one of them is a slip that would change what is trained."""
+_HARMLESS = {"tool_call_id", "name", "id", "context"}
+"""… but for these, which others write beside them."""
+_LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 100.0
 
 
 def turns_of(row: Mapping[str, Any], column: str) -> tuple[Turn, ...]:
@@ -59,6 +64,7 @@ def turn_of(message: object, place: str) -> Turn:
             found = ", ".join(map(shown, message)) or "no key"
             what = f"is missing (found {found})"
             raise RowFault(f"{place}.{key}", what, _renamed(key, message), code="missing_column")
+    _refuse_slips(message, place)
     word, content = message[names[0]], message.get(names[1])
     role = role_of(word, f"{place}.{names[0]}", ROLES)
     if word == CALL:
@@ -69,11 +75,17 @@ def turn_of(message: object, place: str) -> Turn:
     return Turn(role, text, _weight(message, role, place), _thinking(message, role, text, place), calls)
 
 
+def _refuse_slips(message: Mapping[Any, Any], place: str) -> None:
+    for key in message.keys() - KNOWN - _HARMLESS:
+        if isinstance(key, str) and (advice := nearest(key, KNOWN)).startswith("did you mean"):
+            raise RowFault(f"{place}.{shown(key)}", "is not read", advice, code="unread_column")
+
+
 def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """The row's ``tools``: a list of descriptions, or that list as JSON text. Raises RowFault."""
     value = row.get("tools") or row.get("functions")
     if isinstance(value, str):
-        value = _json(value, "tools")
+        value = _json(value, "tools", "tools")
     if not value:
         return ()
     if not isinstance(value, list):
@@ -81,7 +93,7 @@ def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     found = []
     for index, tool in enumerate(value):
         inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
             fix = 'write {"type": "function", "function": {"name": …, "parameters": …}}'
             raise RowFault(f"tools[{index}]", f"is {shown(tool)}: no name", fix, code="tools")
         found.append({"type": "function", "function": inner})
@@ -134,8 +146,8 @@ def _weight(message: Mapping[Any, Any], role: str, place: str) -> float:
         raise RowFault(f"{place}.train", f"is {shown(train)}", "use true or false", code="bad_weight")
     if weight is not None:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or not 0 <= weight <= _MOST_WEIGHT:
-            fix = f"use 0 (context only), 1 (train), or a number up to {_MOST_WEIGHT:g}"
+        if not number or not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST_WEIGHT):
+            fix = f"use 0 (context only), 1 (train), or a number from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
             raise RowFault(f"{place}.weight", f"is {shown(weight)}", fix, code="bad_weight")
         if train is not None and train != (weight > 0):
             raise RowFault(
@@ -197,11 +209,23 @@ def _call(call: object, place: str) -> ToolCall:
     return ToolCall(inner["name"], arguments)
 
 
-def _json(text: str, place: str) -> Any:
+def _json(text: str, place: str, code: str = "tool_calls") -> Any:
+    """JSON inside a text, as strictly as a row's own. Raises RowFault."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise RowFault(place, f"is not valid JSON: {error}", "mend it", code="tool_calls") from None
+        raise RowFault(place, f"is not valid JSON: {error}", "mend it", code=code) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _renamed(key: str, message: Mapping[Any, Any]) -> str:

@@ -100,6 +100,8 @@ def data_show(
 
     shown = look.step(recipe, overrides, step) if step else look.rows(recipe, overrides, row, _SHOWN_ROWS)
     if html is not None:
+        if html.exists() and not (html.is_file() and html.read_bytes()[:15] == datashow.OPENING):
+            raise EnvironmentFault("something else is there already", str(html), "give another --html")
         write_atomic(html, datashow.page(str(recipe), shown).encode())
         terminal.say(f"written: {html}")
         return
@@ -107,6 +109,8 @@ def data_show(
         for line in datashow.lines(one, colour=terminal.out.isatty()):
             terminal.say(line)
         terminal.say()
+    if row is None and step is None:
+        terminal.say(f"these are the first rows, at most {_SHOWN_ROWS}; --row N shows another, --step N a whole step")
 
 
 def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:

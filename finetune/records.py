@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.conversation import RowFault
+from finetune.conversation import RowFault, shown
 from finetune.errors import DataError
 
 _MOST_CELL = 64 * 1024 * 1024
@@ -38,6 +38,7 @@ def read(path: Path) -> Iterator[Record]:
     Raises:
         DataError: the file itself cannot be read.
     """
+    _refuse_device(path)
     kind = path.suffixes[-2].lower() if path.suffix.lower() == ".gz" and len(path.suffixes) > 1 else path.suffix.lower()
     if kind == ".parquet":
         yield from _parquet(path)
@@ -47,6 +48,12 @@ def read(path: Path) -> Iterator[Record]:
         yield from _array(path)
     else:
         yield from _lines(path)
+
+
+def _refuse_device(path: Path) -> None:
+    """A pipe would wait for ever, a device never ends."""
+    if path.exists() and not path.is_file():
+        raise DataError("this is not a regular file", str(path), "name a file")
 
 
 def _lines(path: Path) -> Iterator[Record]:
@@ -114,7 +121,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        what = f"not valid JSON: key {twice!r} occurs twice"
+        what = f"not valid JSON: key {shown(twice)} occurs twice"
         raise RowFault("", what, "mend or remove the row", code="duplicate_key")
     return record
 
@@ -162,18 +169,20 @@ def _csv(path: Path) -> Iterator[Record]:
         names = list(reader.fieldnames or ())
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"column {twice[0]!r} occurs twice", f"{path}:1", "keep one")
+        last = reader.line_num
         for number, record in enumerate(reader, 1):
-            yield _cells(record, number, len(names))
+            yield _cells(record, number, last + 1, len(names))
+            last = reader.line_num
     except csv.Error as error:
         raise DataError(f"not valid CSV: {error}", f"{path}, line {reader.line_num}", "mend the line") from None
 
 
-def _cells(record: dict[Any, Any], number: int, columns: int) -> Record:
+def _cells(record: dict[Any, Any], number: int, line: int, columns: int) -> Record:
     if None not in record and None not in record.values():
-        return Record(number=number, place=number, value=record)
+        return Record(number=number, place=line, value=record)
     what = f"has {'more' if None in record else 'fewer'} cells than the {columns} columns"
     fault = RowFault("", what, 'put cells with commas or newlines in "quotes"', code="cells")
-    return Record(number=number, place=number, value=None, fault=fault)
+    return Record(number=number, place=line, value=None, fault=fault)
 
 
 def _parquet(path: Path) -> Iterator[Record]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 from finetune import dataset, similar
-from finetune.conversation import Conversation, RowFault, Turn
+from finetune.conversation import Conversation, RowFault
 from finetune.dataset import Read
 from finetune.similar import Pair, Similar
 
@@ -59,8 +59,7 @@ class Repeats:
 
     def look(self, read: Read, conversation: Conversation) -> Iterator[Found]:
         """What a row repeats. Near copies of it, and of rows before it, may come with a later row or from ``rest``."""
-        turns = every_turn(conversation)
-        folded, exact = dataset.folded(turns), exact_digest(turns)
+        folded, exact = dataset.folded(conversation), exact_digest(conversation)
         known = False
         if again := self._met.find(folded, exact):
             known = True
@@ -99,16 +98,12 @@ class Repeats:
         return [None if number is None else self._trained.place(number) for number in found]
 
 
-def every_turn(conversation: Conversation) -> tuple[Turn, ...]:
-    """The turns, and those of the rejected ending that are not among them."""
-    return *conversation.turns, *(turn for turn in conversation.rejected if turn not in conversation.turns)
-
-
 def _leak(what: str) -> RowFault:
     return RowFault("", f"{what}: a score on it flatters", "hold it out", code="leak")
 
 
-def exact_digest(turns: Sequence[Turn]) -> int:
-    """A digest of what the turns say, to the character."""
-    text = "\1".join(f"{turn.role}\0{turn.content}" for turn in turns)
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def exact_digest(conversation: Conversation) -> int:
+    """A digest of what a row says, to the character."""
+    text = "\1".join(f"{turn.role}\0{turn.says()}" for turn in conversation.every_turn())
+    whole = f"{text}{conversation.described()}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(whole, digest_size=8).digest(), "little")

@@ -43,6 +43,7 @@ _TOLD = 500
 _DAY = 86_400
 _SHAPING = (
     "conversation",
+    "rowcheck",
     "messages",
     "formats",
     "dataset",
@@ -134,7 +135,7 @@ def _fill(writer: _Writer, reader: Reader, window: Window, progress: dataset.Pro
         samples += len(placed.examples)
         if not faults.first:
             writer.add(read.number, placed.examples, placed.named)
-            writer.fold(dataset.folded(read.found.turns))
+            writer.fold(dataset.folded(read.found))
     progress(reader.source.path, faults.rows, 1.0)
     faults.raise_if_any()
     refuse_empty(samples, window.max_length, reader.source.path)

@@ -6,7 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from finetune.conversation import Conversation, ToolCall, Turn, check
+from finetune.conversation import Conversation, ToolCall, Turn
+from finetune.rowcheck import check
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>")
 _PIECES = (

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from finetune.conversation import ROLES, Conversation, RowFault, Turn, check, nearest, role_of, shown, text_of
+from finetune.conversation import ROLES, Conversation, RowFault, Turn, nearest, role_of, shown, text_of
+from finetune.rowcheck import check
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -28,6 +29,7 @@ BAD = [
     (turns(("system", "a"), ("user", "b")), "turns", "no assistant turn"),
     (turns(("user", "a"), ("assistant", "")), "turn 2 (assistant)", "empty"),
     (turns(("user", "a"), ("assistant", " \n\t")), "turn 2 (assistant)", "empty"),
+    (turns(("user", "a"), ("assistant", " \u200b\ufeff\u3164")), "turn 2 (assistant)", "empty"),
     (turns(("user", "a"), ("asistant", "b")), "turn 2", "did you mean 'assistant'"),
     (turns(("human", "a"), ("assistant", "b")), "turn 1", "did you mean 'user'"),
     (turns((None, "a"), ("assistant", "b")), "turn 1", "unknown role None"),
@@ -125,9 +127,10 @@ def test_role_of_maps_a_formats_words() -> None:
 
 
 def test_shown_is_short_and_printable() -> None:
-    text = shown("\x1b[31m\u202e" + "x" * 99)
+    text = shown("\x1b[31m\u202e" + "x y " * 30)
     assert text.isprintable()
     assert len(text) == 40
+    assert "a1B2a1B2" not in shown("hf_" + "a1B2" * 8)  # it may be somebody's key
 
 
 def test_a_fault_prints_column_what_and_fix() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -212,3 +213,51 @@ def test_text_that_the_tokenizer_composes_is_said_and_scored_as_composed(work: P
     located, renderer = prepare.open_renderer(Path("r.yaml"), ())
     assert {renderer.question(row).answer for row in read_rows(Path("train.jsonl"))} == {"caf\u00e9"}
     assert located.recipe.data.train_path == "train.jsonl"
+
+
+KEY = "hf_" + "a1B2" * 8
+
+
+def test_no_message_shows_what_may_be_a_key(tmp_path: Path) -> None:
+    good = chat("a", "b")
+    rows = [
+        json.dumps(good), json.dumps({KEY: 1}), f'{{"{KEY}": 1, "{KEY}": 2}}',
+        json.dumps({"messages": KEY}), json.dumps({"messages": [{"role": KEY, "content": "a"}]}),
+        json.dumps({"messages": [good["messages"][0], good["messages"][1] | {"weight": KEY}]}),
+        json.dumps({"messages": [good["messages"][0], good["messages"][1] | {"tool_calls": KEY}]}),
+    ]  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    said = finetune("data", "check", str(tmp_path / "x.jsonl"), "--json")
+    assert json.loads(said.out)["summary"]["errors"] == 6
+    assert KEY[:12] not in said.out
+
+
+def test_keys_are_found_wherever_text_is_read(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": [KEY]}}]}
+    thinking = {"role": "assistant", "content": "b", "reasoning_content": f"the key is {KEY}"}
+    tools = [{"name": "f", "description": f"uses {KEY}"}]
+    user = {"role": "user", "content": "a"}
+    write_rows(
+        tmp_path / "x.jsonl",
+        [{"messages": [user, call]}, {"messages": [user, thinking]}, chat("a", "b") | {"tools": tools}],
+    )
+    assert codes(tmp_path / "x.jsonl") == {"secret": 3}
+
+
+def test_rows_with_other_calls_thinking_or_tools_are_other_rows(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "a"}
+    calls = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": n}}]} for n in range(3)]
+    thoughts = [{"role": "assistant", "content": "b", "thinking": text} for text in ("x", "y")]
+    rows = [{"messages": [user, one]} for one in (*calls, *thoughts)]
+    rows += [chat("a", "c") | {"tools": [{"name": name}]} for name in ("f", "g")]
+    write_rows(tmp_path / "x.jsonl", rows)
+    assert report(tmp_path / "x.jsonl", search=datacheck.Search(near=False)).counts == {}
+
+
+def test_pipes_and_devices_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.jsonl")
+    (tmp_path / "z.jsonl").symlink_to("/dev/zero")
+    for name in ("x.jsonl", "z.jsonl"):
+        said = finetune("data", "check", str(tmp_path / name))
+        assert (said.code, said.err.count("\n")) == (3, 1)
+        assert "not a regular file" in said.err

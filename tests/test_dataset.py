@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune import base as bases
-from finetune import conversation, dataset, gather, layouts, prepare, window
+from finetune import dataset, gather, layouts, prepare, rowcheck, window
 from finetune.conversation import Conversation, Turn
 from finetune.dataset import Example, Row
 from finetune.errors import DataError
@@ -75,7 +75,7 @@ def _conversation(source: random.Random) -> tuple[Turn, ...]:
         turns.append(Turn("user", _text(source)))
         turns.append(Turn("assistant", _text(source) + "!", weight=float(source.random() < 0.7)))
     turns[-1] = Turn("assistant", turns[-1].content)
-    conversation.check(Conversation(tuple(turns)))
+    rowcheck.check(Conversation(tuple(turns)))
     return tuple(turns)
 
 

@@ -100,10 +100,10 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "CSV": ("x.csv", b'prompt,completion\na,"b, c"\n"d\ne",007\n', ""),
     "CSV with BOM": ("x.csv", b"\xef\xbb\xbfprompt,completion\na,null\n", ""),
     "CSV in latin-1": ("x.csv", "prompt,completion\na,é\n".encode("latin-1"), "x.csv:2: not UTF-8"),
-    "CSV, too many cells": ("x.csv", b"prompt,completion\na,b\na,b,c\n", "x.csv:2: has more cells than the 2 columns"),
-    "CSV, too few cells": ("x.csv", b"prompt,completion\na\n", "x.csv:1: has fewer cells than the 2 columns"),
+    "CSV, too many cells": ("x.csv", b"prompt,completion\na,b\na,b,c\n", "x.csv:3: has more cells than the 2 columns"),
+    "CSV, too few cells": ("x.csv", b"prompt,completion\na\n", "x.csv:2: has fewer cells than the 2 columns"),
     "CSV, open quote": ("x.csv", b'prompt,completion\na,"b\n', "not valid CSV"),
-    "CSV, empty answer": ("x.csv", b"prompt,completion\na,\n", "x.csv:1: turn 2 (assistant): the answer is empty"),
+    "CSV, empty answer": ("x.csv", b"prompt,completion\na,\n", "x.csv:2: turn 2 (assistant): the answer is empty"),
     "parquet that is none": ("x.parquet", b"PAR1 no", "x.parquet: cannot be read"),
 }
 

@@ -111,6 +111,10 @@ def test_the_command_writes_the_page(work: Path) -> None:
     said = finetune("data", "show", "r.yaml", "--html", "page.html")
     assert (said.code, said.out.strip()) == (0, "written: page.html")
     assert Path("page.html").read_text().count("<h2>") == 8
+    assert finetune("data", "show", "r.yaml", "--html", "page.html").code == 0
+    before = Path("train.jsonl").read_bytes()
+    assert finetune("data", "show", "r.yaml", "--html", "train.jsonl").code == 5
+    assert Path("train.jsonl").read_bytes() == before
 
 
 def test_a_step_is_shown_as_it_is_packed(work: Path) -> None:

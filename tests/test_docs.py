@@ -94,7 +94,8 @@ def test_tests_mirror_the_package() -> None:
         "metrics": "test_run", "tokenizer": "test_base",
  "layouts": "test_convert", "unpickle": "test_pickles",
         "headers": "test_base", "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
-        "messages": "formats/test_chat", "datacli": "test_datacheck", "card": "test_release", "shipcli": "test_cli",
+        "messages": "formats/test_chat",
+        "rowcheck": "test_conversation", "datacli": "test_datacheck", "card": "test_release", "shipcli": "test_cli",
         "export": "test_release", "terms": "test_release", "signature": "test_verify", "options": "test_cli",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):

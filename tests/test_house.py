@@ -25,7 +25,7 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "interrupts", "terminal", "schedule", "decoder", "messages", "conversation", "signature", "verify",
+    "interrupts", "terminal", "schedule", "decoder", "rowcheck", "messages", "conversation", "signature", "verify",
     "manifest", "runfolder", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]

@@ -241,6 +241,6 @@ def test_named_rows_come_back(renderer: Renderer) -> None:
 
 
 def test_folded_digests_are_those_of_the_rows(renderer: Renderer) -> None:
-    rows = [dataset.folded(row.conversation.turns) for row in read_rows(Path("train.jsonl"))]
+    rows = [dataset.folded(row.conversation) for row in read_rows(Path("train.jsonl"))]
     found = store.open_source(reader(renderer), Window(renderer=renderer, max_length=128))
     assert found.columns["folded"].tobytes() == b"".join(rows)

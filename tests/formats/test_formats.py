@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from finetune import formats
-from finetune.conversation import RowFault, check
+from finetune.conversation import RowFault
 from finetune.errors import DataError
+from finetune.rowcheck import check
 
 ROOT = Path(__file__).resolve().parents[2]
 

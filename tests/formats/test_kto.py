@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from finetune import formats
-from finetune.conversation import RowFault, check
+from finetune.conversation import RowFault
 from finetune.formats import kto
+from finetune.rowcheck import check
 
 SHAPES: list[dict[str, Any]] = [
     {"prompt": "q", "completion": "r"},

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from finetune import formats
-from finetune.conversation import RowFault, check
+from finetune.conversation import RowFault
 from finetune.formats import preference
+from finetune.rowcheck import check
 
 
 def said(role: str, text: str) -> dict[str, str]:

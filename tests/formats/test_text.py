@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.conversation import Conversation, RowFault, Turn, check
+from finetune.conversation import Conversation, RowFault, Turn
 from finetune.formats import text
+from finetune.rowcheck import check
 
 
 def test_reads_one_turn_outside_any_template() -> None:

@@ -79,6 +79,14 @@ class Report:
                 )
             )  # fmt: skip
 
+    def unreadable(self, where: str, what: str, fix: str) -> None:
+        """Note that the source cannot be read on from ``where``."""
+        self.counts["unreadable"] += 1
+        self.severities["error"] += 1
+        self.findings.append(
+            Finding(row=0, where=where, column="", severity="error", code="unreadable", message=what, fix=fix)
+        )
+
     def repeated(self, found: Iterable[tuple[Read, RowFault]]) -> None:
         """Note rows that were met before."""
         for read, fault in found:
@@ -141,15 +149,14 @@ def check(
         trained: the training rows, where this source is to judge what was trained on them.
         fitting: the model's renderer and window, where answers that do not fit are to be found too.
 
-    Raises:
-        DataError: the source itself cannot be read.
+    A source that cannot be read on is a finding too.
     """
     source, search = reader.source.path, search or Search()
     met = Met(near=search.near) if met is None else met
     report, lengths, languages = Report(file=source, notes=search.notes()), array("q"), Languages()
     repeats = Repeats(met, trained)
     met.begin(source)
-    for read in reader:
+    for read in _until_unreadable(reader, report):
         report.rows += 1
         if report.rows % _TOLD == 0:
             progress(source, report.rows, read.done)
@@ -172,10 +179,19 @@ def check(
     report.mapping = reader.mapping
     _add_strays(report, languages)
     _add_outliers(report, lengths)
-    if not report.rows:
+    if not report.rows and not report.errors:
         fault = RowFault("", "there are no rows in this file", "give a file with at least one row", code="empty_file")
         report.add(None, fault, "error")
     return report
+
+
+def _until_unreadable(reader: Reader, report: Report) -> Iterator[Read]:
+    """The rows, up to where the source itself cannot be read: that is one more finding, after those before it."""
+    try:
+        yield from reader
+    except DataError as error:
+        for what, where, fix in error.faults:
+            report.unreadable(where or report.file, what, fix)
 
 
 def _unfit(conversation: Conversation, where: str, fitting: Window) -> Iterator[tuple[RowFault, str]]:

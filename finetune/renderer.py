@@ -193,15 +193,16 @@ class Renderer:
         turns = row.conversation.turns
         if turns[0].role == TEXT:
             return [self._plain_text(row)]
-        answers = [i for i, turn in enumerate(turns) if turn.answers]
+        everything = self.train_on == "all"  # answers of weight 0 stay context all the same
+        answers = [i for i, turn in enumerate(turns) if turn.answers or (everything and turn.role == "assistant")]
         if self.train_on == "last":
             answers = answers[-1:]
         pieces = [self._answer(row, index) for index in answers]
-        whole = _joined(row, pieces)
-        made = [whole] if whole is not None else [_alone(row, piece) for piece in pieces]
-        if self.train_on == "all":  # but the first token, which nothing precedes
-            return [replace(one, weights=(0.0, *(1.0,) * (len(one.ids) - 1))) for one in made]
-        return made
+        context = 1.0 if everything else 0.0
+        whole = _joined(row, pieces, context)
+        if whole is not None:
+            return [whole]
+        return [_alone(row, piece, context) for piece in pieces if any(piece.weights)]
 
     def _plain_text(self, row: Row) -> Example:
         """A text outside any template, as the tokenizer opens it (some have a token for that), and its end."""
@@ -273,12 +274,17 @@ def _refuse_lost(conversation: Conversation, text: str, where: str) -> None:
             raise DataError("the chat template leaves the tools out", where, _REMOVE)
 
 
-def _alone(row: Row, piece: _Piece) -> Example:
-    weights = (0.0,) * len(piece.prompt) + piece.weights
+def _alone(row: Row, piece: _Piece, context: float) -> Example:
+    weights = _from_second((context,) * len(piece.prompt) + piece.weights)
     return Example(ids=piece.prompt + piece.ids, weights=weights, where=row.where, apart=piece.apart)
 
 
-def _joined(row: Row, pieces: list[_Piece]) -> Example | None:
+def _from_second(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """Nothing precedes the first token, so nothing can predict it."""
+    return 0.0, *weights[1:]
+
+
+def _joined(row: Row, pieces: list[_Piece], context: float) -> Example | None:
     """All answers in one sample, if each later prompt continues, id by id, what came before it."""
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
@@ -287,5 +293,5 @@ def _joined(row: Row, pieces: list[_Piece]) -> Example | None:
             return None
         between = piece.prompt[len(ids) :]
         ids += between + piece.ids
-        weights += (0.0,) * len(between) + piece.weights
-    return Example(ids=ids, weights=weights, where=row.where, apart=any(piece.apart for piece in pieces))
+        weights += (context,) * len(between) + piece.weights
+    return Example(ids=ids, weights=_from_second(weights), where=row.where, apart=any(piece.apart for piece in pieces))

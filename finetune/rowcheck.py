@@ -6,7 +6,18 @@ import functools
 import re
 from collections.abc import Collection
 
-from finetune.conversation import ROLES, TEXT, Conversation, RowFault, Turn, nearest, shown, strings, text_of
+from finetune.conversation import (
+    ROLES,
+    TEXT,
+    Conversation,
+    RowFault,
+    Turn,
+    nearest,
+    shown,
+    strings,
+    text_of,
+    without_thinking,
+)
 
 # Which roles may come next. A tool's answer belongs to the assistant that asked, and the assistant goes on from it.
 NEXT = {
@@ -64,9 +75,19 @@ def _check_turn(turn: Turn, place: str, special_tokens: Collection[str], everywh
     for call in turn.calls:
         for text in (call.name, *strings(call.arguments)):
             _check_text(text, f"{place} tool call", everywhere, _NOWHERE)
+    if turn.role == "assistant" and ("think>" in turn.content or "think>" in turn.thinking):
+        _check_thinking(turn, place)
     if turn.role in ("assistant", TEXT) and not turn.calls and _BLANK.fullmatch(content):
         fix = "the model would learn to say nothing; drop the row or answer it"
         raise RowFault(place, "the answer is empty", fix, code="empty_answer")
+
+
+def _check_thinking(turn: Turn, place: str) -> None:
+    """Templates cut an answer at its tags of thinking: what stands before, between or after others would be lost."""
+    rest = without_thinking(turn.content) + turn.thinking
+    if "<think>" in rest or "</think>" in rest:
+        fix = "write one <think>…</think> at the start of the answer, and no such tag elsewhere"
+        raise RowFault(place, "has tags of thinking that are not one block at its start", fix, code="thinking")
 
 
 _DECLARE = "it would act as a control token; remove it, or declare it in data.literal_tokens"

@@ -46,6 +46,9 @@ BAD = [
     (turns(("user", None), ("assistant", "b")), "turn 1 (user)", "is null"),
     (turns(("user", 7), ("assistant", "b")), "turn 1 (user)", "is int 7"),
     (turns(("user", ["a"]), ("assistant", "b")), "turn 1 (user)[0]", "not a part"),
+    (turns(("user", "a"), ("assistant", "Hello <think>x</think> bye")), "turn 2 (assistant)", "not one block"),
+    (turns(("user", "a"), ("assistant", "<think>x</think> b <think>y</think> c")), "turn 2 (assistant)", "one block"),
+    (Conversation((Turn("user", "a"), Turn("assistant", "b", thinking="x </think> y"))), "turn 2 (assistant)", "block"),
     (turns(("user", "a\ud800b"), ("assistant", "b")), "turn 1 (user)", "surrogate pair ('\\ud800') at 1"),
     (turns(("user", "a"), ("assistant", "b\0")), "turn 2 (assistant)", "NUL character at 1"),
     (

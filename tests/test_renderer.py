@@ -183,3 +183,18 @@ def test_a_template_that_drops_a_turn_is_refused(build: Callable[..., Any]) -> N
     turns = (Turn("system", "be brief"), Turn("user", "x"))
     with pytest.raises(DataError, match=r"leaves out or changes turn 1 \(system\)"):
         renderer.prompt(Conversation(turns))
+
+
+def test_with_everything_trained_an_answer_of_weight_nought_stays_context(tokenizer: Any) -> None:
+    turns = (Turn("user", "q"), Turn("assistant", "hidden", 0.0), Turn("user", "q"), Turn("assistant", "half", 0.5))
+    row = Row(conversation=Conversation(turns), where="x:1")
+    (example,) = Renderer(tokenizer, "<|im_end|>", train_on="all").examples(row)
+    by_weight = {
+        weight: tokenizer.decode(
+            [token for token, one in zip(example.ids, example.weights, strict=True) if one == weight]
+        )
+        for weight in (0.0, 0.5, 1.0)
+    }
+    assert by_weight[0.5] == "half<|im_end|>"
+    assert by_weight[0.0].endswith("hidden<|im_end|>")
+    assert "hidden" not in by_weight[1.0]

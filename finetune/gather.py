@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from finetune import dataset, hubdata, store, window
+from finetune import dataset, hubdata, manifest, store, window
 from finetune.dataset import Reader, Row, Source
 from finetune.evaluate import HeldOut
 from finetune.recipe import Recipe
@@ -13,10 +14,13 @@ from finetune.renderer import Renderer
 from finetune.samples import Samples, Stored
 from finetune.window import Named, Window
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """What a run trains on and is judged by. ``commits``: data set on the hub → the commit that was read."""
+    """What a run trains on and is judged by, the rows not taken as they stand, and what to say of all that."""
 
     samples: Samples
     held_out: HeldOut | None
@@ -41,8 +45,6 @@ def judging_source(recipe: Recipe) -> Source | None:
 
 
 def _pinned(source: Source) -> Source:
-    from dataclasses import replace
-
     return replace(source, revision=hubdata.commit(source.path, source.revision)) if source.on_hub else source
 
 
@@ -70,8 +72,8 @@ def gather(recipe: Recipe, renderer: Renderer, progress: dataset.Progress = data
     stores = [
         store.open_source(reader(recipe, source, renderer), fitting, progress) for source in training_sources(recipe)
     ]
-    held_numbers = [_held(recipe, stored) for stored in stores]
-    rows = _held_rows(recipe, renderer, stores, held_numbers)
+    numbers = [held_numbers(recipe, stored) for stored in stores]
+    rows = _held_rows(recipe, renderer, stores, numbers)
     judged = window.fit(rows, fitting)
     exact = "exact_match" in recipe.evaluate.metrics
     held_out = (
@@ -81,18 +83,18 @@ def gather(recipe: Recipe, renderer: Renderer, progress: dataset.Progress = data
         if rows
         else None
     )  # fmt: skip
-    samples = Samples([(stored, _kept(stored, held)) for stored, held in zip(stores, held_numbers, strict=True)])
+    samples = Samples([(stored, _kept(stored, held)) for stored, held in zip(stores, numbers, strict=True)])
     named = [one for stored in stores for one in stored.named()]
     notes = [
         *(f"{stored.source.path} is read as {stored.mapping}" for stored in stores),
-        *_repeats(stores, held_numbers, rows),
+        *_repeats(stores, numbers, rows),
         *window.notes(named, "the training data"),
         *window.notes(judged.named, "the held-out rows"),
     ]
     return Gathered(samples=samples, held_out=held_out, named=(*named, *judged.named), notes=tuple(notes))
 
 
-def _held(recipe: Recipe, stored: Stored) -> set[int]:
+def held_numbers(recipe: Recipe, stored: Stored) -> set[int]:
     """Numbers of the rows that ``eval_fraction`` holds out."""
     fraction = recipe.data.eval_fraction
     if not fraction:
@@ -114,7 +116,7 @@ def _held_rows(recipe: Recipe, renderer: Renderer, stores: Sequence[Stored], num
     return in_turn[: recipe.evaluate.rows]
 
 
-def _kept(stored: Stored, held: set[int]):  # type: ignore[no-untyped-def]
+def _kept(stored: Stored, held: set[int]) -> np.ndarray[Any, Any]:
     """Indices of the samples whose rows are not held out."""
     import numpy as np
 
@@ -159,8 +161,6 @@ def _place(stores: Sequence[Stored], digest: object) -> str:
 
 def digests(recipe: Recipe) -> dict[str, str]:
     """What the data were, for a run's identity: each file's sha-256, or the commit of a data set on the hub."""
-    from finetune import manifest
-
     judging = judging_source(recipe)
     found: dict[str, str] = {}
     for source in [*training_sources(recipe), *([judging] if judging else [])]:

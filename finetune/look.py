@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import datashow, gather, prepare, schedule
+from finetune import datashow, gather, prepare, schedule, store
 from finetune.conversation import Conversation, RowFault
-from finetune.dataset import Read, Row
+from finetune.dataset import Read, Reader, Row
 from finetune.datashow import Shown
 from finetune.errors import DataError, RecipeError
 from finetune.plan import course_steps
@@ -36,7 +36,20 @@ def rows(path: Path, overrides: Sequence[str], number: int | None, most: int) ->
             break
     if not wanted:
         raise DataError(f"there is no row {number}, the data has {seen}", readers[-1].source.path, "count from 1")
-    return [one for read in wanted for one in _row(read, fitting)]
+    held = _held_out(chosen, readers, fitting)
+    return [
+        replace(one, note=", ".join(filter(None, (one.note, "held out: not trained" if read.where in held else ""))))
+        for read in wanted
+        for one in _row(read, fitting)
+    ]
+
+
+def _held_out(recipe: Recipe, readers: Sequence[Reader], fitting: Window) -> set[str]:
+    """Places of the rows that ``eval_fraction`` holds out."""
+    if not recipe.data.eval_fraction:
+        return set()
+    numbers = [gather.held_numbers(recipe, store.open_source(reader, fitting)) for reader in readers]
+    return {read.where for reader, held in zip(readers, numbers, strict=True) for read in reader if read.number in held}
 
 
 def _row(read: Read, fitting: Window) -> list[Shown]:

@@ -9,7 +9,7 @@ import csv
 import gzip
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _refuse_device(path: Path) -> None:
 
 def _lines(path: Path) -> Iterator[Record]:
     number = read = 0
-    size = 0 if path.suffix.lower() == ".gz" or not path.is_file() else path.stat().st_size
+    size = _size(path)
     for place, raw in enumerate(_raw_lines(path), 1):
         try:
             line = raw.decode("utf-8-sig" if place == 1 else "utf-8")
@@ -68,6 +68,11 @@ def _lines(path: Path) -> Iterator[Record]:
         if line.strip():
             number += 1
             yield _parsed(line, number, place, read / size if size else 0.0)
+
+
+def _size(path: Path) -> int:
+    """Bytes that will be read, 0 where that is not known."""
+    return 0 if path.suffix.lower() == ".gz" or not path.is_file() else path.stat().st_size
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
@@ -154,11 +159,13 @@ def _array(path: Path) -> Iterator[Record]:
 def _csv(path: Path) -> Iterator[Record]:
     """Cells as the texts they are: a reader that guesses types would make 7 of "007" and nothing of "null"."""
     csv.field_size_limit(_MOST_CELL)  # the library's own limit would refuse a cell of 128 KiB
-    line = 0
+    line = read = 0
+    size = _size(path)
 
     def lines() -> Iterator[str]:
-        nonlocal line
+        nonlocal line, read
         for line, raw in enumerate(_raw_lines(path), 1):
+            read += len(raw)
             try:
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -171,7 +178,7 @@ def _csv(path: Path) -> Iterator[Record]:
             raise DataError(f"column {twice[0]!r} occurs twice", f"{path}:1", "keep one")
         last = reader.line_num
         for number, record in enumerate(reader, 1):
-            yield _cells(record, number, last + 1, len(names))
+            yield replace(_cells(record, number, last + 1, len(names)), done=read / size if size else 0.0)
             last = reader.line_num
     except csv.Error as error:
         raise DataError(f"not valid CSV: {error}", f"{path}, line {reader.line_num}", "mend the line") from None

@@ -77,9 +77,17 @@ def _check_turn(turn: Turn, place: str, special_tokens: Collection[str], everywh
             _check_text(text, f"{place} tool call", everywhere, _NOWHERE)
     if turn.role == "assistant" and ("think>" in turn.content or "think>" in turn.thinking):
         _check_thinking(turn, place)
-    if turn.role in ("assistant", TEXT) and not turn.calls and _BLANK.fullmatch(content):
+    if turn.role == "user" and is_blank(turn.content):
+        fix = "the answer would be learned from nothing; add the question or drop the row"
+        raise RowFault(place, "the question is empty", fix, code="empty_question")
+    if turn.role in ("assistant", TEXT) and not turn.calls and is_blank(turn.content):
         fix = "the model would learn to say nothing; drop the row or answer it"
         raise RowFault(place, "the answer is empty", fix, code="empty_answer")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing."""
+    return _BLANK.fullmatch(text) is not None
 
 
 def _check_thinking(turn: Turn, place: str) -> None:

@@ -20,7 +20,11 @@ def merge(
     run: RunPath,
     out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
     base: Annotated[
-        str, typer.Option("--base", help="replayed (as trained against), original (as published), or what is nearer")
+        str,
+        typer.Option(
+            "--base",
+            help="auto (what is nearer to the live model), replayed (as trained against) or original (as published)",
+        ),
     ] = "auto",
     layout: Annotated[
         str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from finetune.conversation import Conversation, ToolCall, Turn
-from finetune.rowcheck import check
+from finetune.rowcheck import check, is_blank
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>")
 _PIECES = (
@@ -21,7 +21,7 @@ TEXTS = (
     .map("".join)
     .filter(lambda text: not any(token in text for token in (*CONTROL, "<think>", "</think>")))
 )
-ANSWERS = TEXTS.filter(lambda text: bool(text.strip()))
+ANSWERS = TEXTS.filter(lambda text: not is_blank(text))
 _WEIGHTS = st.sampled_from((1.0, 1.0, 1.0, 0.0))
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look_up", "description": "finds é things"}}
 
@@ -32,7 +32,7 @@ def conversations(draw: st.DrawFn, *, tools: bool = False, thinking: bool = Fals
     turns = [Turn("system", draw(TEXTS))] if draw(st.booleans()) else []
     calls = tools and draw(st.booleans())
     for _ in range(draw(st.integers(1, 4))):
-        turns.append(Turn("user", draw(TEXTS)))
+        turns.append(Turn("user", draw(ANSWERS)))
         if calls and draw(st.booleans()):
             asked = tuple(ToolCall("look_up", {"q": draw(TEXTS)}) for _ in range(draw(st.integers(1, 2))))
             turns.append(Turn("assistant", draw(st.one_of(st.just(""), ANSWERS)), draw(_WEIGHTS), calls=asked))

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub import NEW, OLD, Asked
+from tests.hub import NEW, OLD, Answering, Asked, serving
 
 __all__ = ["NEW", "OLD", "REPO", "DataHub", "running"]
 REPO = "Acme/Chat-Rows"
@@ -59,18 +57,13 @@ class DataHub:
         return list(found.values())
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # a head and a body are two writes, and the second would wait 40 ms
+class _Handler(Answering):
     hub: DataHub
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-    def do_HEAD(self) -> None:
+    def do_HEAD(self) -> None:  # noqa: N802 - the library names it
         self.do_GET()
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - the library names it
         hub, url = self.hub, urlsplit(self.path)
         path = unquote(url.path).strip("/")
         given = self.headers["authorization"]
@@ -132,31 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"x-error-code": code, "x-error-message": message, "x-repo-commit": NEW}
         self._answer(status, b"{}", {key: word for key, word in headers.items() if word})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
-        headed = {key.lower(): word for key, word in self.headers.items()}
-        self.hub.asked.append(Asked(urlsplit(self.path).path, headed, status))
-        self.send_response(status)
-        for key, word in {"content-length": str(len(body)), **headers}.items():
-            self.send_header(key, word)
-        self.end_headers()
-        with suppress(ConnectionError):  # who asked may have seen enough
-            self.wfile.write(b"" if self.command == "HEAD" else body[:cut])
-        if cut is not None:
-            self.close_connection = True
-
 
 @contextmanager
 def running(hub: DataHub) -> Iterator[DataHub]:
     """Serve on a free port while inside."""
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    hub.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(hub, _Handler):
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

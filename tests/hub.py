@@ -75,13 +75,47 @@ class Hub:
         return {"id": REPO, "sha": commit, "siblings": siblings}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Answering(BaseHTTPRequestHandler):
+    """Answers whole or cut off, and notes what was asked."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a head and a body are two writes, and the second would wait 40 ms
-    hub: Hub
+    hub: Any
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
+        headed = {key.lower(): word for key, word in self.headers.items()}
+        self.hub.asked.append(Asked(urlsplit(self.path).path, headed, status))
+        self.send_response(status)
+        for key, word in {"content-length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, word)
+        self.end_headers()
+        with suppress(ConnectionError):  # who asked may have seen enough
+            self.wfile.write(b"" if self.command == "HEAD" else body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+
+@contextmanager
+def serving(hub: Any, answering: type[Answering]) -> Iterator[None]:
+    """A server of that hub on a free port of this machine, while inside."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (answering,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(Answering):
+    hub: Hub
 
     def do_GET(self) -> None:
         hub, url = self.hub, urlsplit(self.path)
@@ -132,31 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"x-error-code": code, "x-error-message": message, "content-type": "application/json"}
         self._answer(status, json.dumps(self.hub.said).encode(), {key: word for key, word in headers.items() if word})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
-        headed = {key.lower(): word for key, word in self.headers.items()}
-        self.hub.asked.append(Asked(urlsplit(self.path).path, headed, status))
-        self.send_response(status)
-        for key, word in {"content-length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, word)
-        self.end_headers()
-        with suppress(ConnectionError):  # who asked may have seen enough
-            self.wfile.write(body[:cut])
-        if cut is not None:
-            self.close_connection = True
-
 
 @contextmanager
 def running(hub: Hub) -> Iterator[Hub]:
     """Serve on a free port while inside."""
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    hub.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(hub, _Handler):
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -16,7 +16,7 @@ def turns(*pairs: tuple[Any, Any]) -> Conversation:
 
 GOOD = [
     turns(("user", "a"), ("assistant", "b")),
-    turns(("system", ""), ("user", ""), ("assistant", "b")),
+    turns(("system", ""), ("user", "a"), ("assistant", "b")),
     turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
     turns(("user", "a"), ("assistant", "b"), ("tool", "1"), ("tool", "2"), ("assistant", "d")),
     turns(("user", "im_end <| im_start |> <s> ✓ 🎉 \x07"), ("assistant", "a\n\nb")),
@@ -28,6 +28,8 @@ BAD = [
     (turns(("user", "a")), "turns", "no assistant turn"),
     (turns(("system", "a"), ("user", "b")), "turns", "no assistant turn"),
     (turns(("user", "a"), ("assistant", "")), "turn 2 (assistant)", "empty"),
+    (turns(("user", ""), ("assistant", "b")), "turn 1 (user)", "question is empty"),
+    (turns(("user", "\n\u200b"), ("assistant", "b")), "turn 1 (user)", "question is empty"),
     (turns(("user", "a"), ("assistant", " \n\t")), "turn 2 (assistant)", "empty"),
     (turns(("user", "a"), ("assistant", " \u200b\ufeff\u3164")), "turn 2 (assistant)", "empty"),
     (turns(("user", "a"), ("asistant", "b")), "turn 2", "did you mean 'assistant'"),

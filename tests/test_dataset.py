@@ -72,7 +72,7 @@ def _conversation(source: random.Random) -> tuple[Turn, ...]:
     """A random one that ``conversation.check`` accepts: 1 to 4 exchanges, some answers as context only."""
     turns = [Turn("system", _text(source))] if source.random() < 0.5 else []
     for _ in range(source.randrange(1, 5)):
-        turns.append(Turn("user", _text(source)))
+        turns.append(Turn("user", _text(source) + "?"))
         turns.append(Turn("assistant", _text(source) + "!", weight=float(source.random() < 0.7)))
     turns[-1] = Turn("assistant", turns[-1].content)
     rowcheck.check(Conversation(tuple(turns)))

@@ -150,3 +150,12 @@ def test_cuts_both_endings_and_weights_are_shown(work: Path) -> None:
     assert "⟦good<|im_end|>⟧" in out
     assert "⟦bad<|im_end|>⟧" in out
     assert "(rejected)" in out
+
+
+def test_rows_that_are_held_out_are_said_to_be(work: Path) -> None:
+    changes = ("data.eval_path=null", "data.eval_fraction=0.4", "evaluate.metrics=[loss]")
+    prepared = prepare.prepare(Path("r.yaml"), changes)
+    assert prepared.samples is not None
+    trained = {example.where for example in prepared.samples}
+    for one in look.rows(Path("r.yaml"), changes, None, 20):
+        assert ("held out: not trained" in one.note) == (one.example.where not in trained)

@@ -136,6 +136,13 @@ def disk_fault(error: OSError, path: Path) -> EnvironmentFault:
     return EnvironmentFault(f"cannot write: {reason}", str(path), fix)
 
 
+def user_cache() -> Path:
+    """This tool's part of the user's cache folder, as the desktop's convention has it."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # The convention says that a relative path is to be ignored.
+    return Path(named if named.startswith("/") else os.path.expanduser("~/.cache")) / "finetune"  # noqa: PTH111 - never raises
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents; that they exist survives power loss."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

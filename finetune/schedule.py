@@ -54,8 +54,11 @@ def _mixed(lengths: Sequence[int], parts: Sequence[Part], seed: int, epochs: flo
 
     Each source is gone through in its own shuffled passes. An epoch is as many tokens as all sources have together.
     """
-    firsts = itertools.accumulate((part.samples for part in parts), initial=0)
-    orders = [_passes(first, part.samples, seed, at) for at, (first, part) in enumerate(zip(firsts, parts))]  # noqa: B905 - one first more
+    firsts = [0, *itertools.accumulate(part.samples for part in parts)][:-1]
+    orders = [
+        _passes(first, part.samples, seed, source)
+        for source, (first, part) in enumerate(zip(firsts, parts, strict=True))
+    ]
     shares = [part.share or 0.0 for part in parts]
     wanted = epochs * sum(lengths)
     drawn = [0] * len(parts)

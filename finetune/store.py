@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from array import array
 from collections.abc import Collection, Sequence
@@ -29,6 +28,7 @@ from finetune.runfolder import (
     json_bytes,
     remove,
     sync_file,
+    user_cache,
     write_synced,
 )
 from finetune.samples import COLUMNS, Stored
@@ -57,8 +57,8 @@ _SHAPING = (
 
 
 def cache_folder() -> Path:
-    """Where stores lie: the user's cache folder, as the desktop's convention has it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / "rows"
+    """Where stores lie."""
+    return user_cache() / "rows"
 
 
 def open_source(reader: Reader, window: Window, progress: dataset.Progress = dataset.silent) -> Stored:

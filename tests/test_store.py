@@ -156,7 +156,7 @@ def test_ranked_rows_are_refused_by_name(renderer: Renderer) -> None:
 
 def test_a_cache_that_cannot_be_written_is_one_message(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("file").absolute()))
     with pytest.raises(EnvironmentFault, match="XDG_CACHE_HOME"):
         store.open_source(reader(renderer), Window(renderer=renderer, max_length=128))
 

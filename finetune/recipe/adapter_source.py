@@ -21,6 +21,7 @@ from typing import NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.errors import EnvironmentFault
+from finetune.runfolder import user_cache
 
 # What PEFT keeps in a config for itself: not a user's choice, or the recipe says it elsewhere.
 INTERNAL = frozenset(
@@ -47,7 +48,7 @@ def methods() -> Methods:
     files = sorted({root / "config.py", *root.glob("tuners/*.py"), *root.glob("tuners/*/config.py")})
     registrations = sorted(root.glob("tuners/*/__init__.py"))
     stamp = _stamp([*files, *registrations])
-    place = _cache_folder() / f"peft-{version()}.json"
+    place = user_cache() / f"peft-{version()}.json"
     known = _remembered(place, stamp)
     if known is None:
         known = _parse(files, registrations)
@@ -139,12 +140,6 @@ def _stamp(files: list[Path]) -> str:
         state = file.stat()
         digest.update(f"{file}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    # The convention says that a relative path is to be ignored.
-    return Path(named if named.startswith("/") else os.path.expanduser("~/.cache")) / "finetune"  # noqa: PTH111 - never raises
 
 
 class _Cached(NamedTuple):

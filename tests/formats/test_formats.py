@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune import formats
+from finetune import formats, recipe
 from finetune.conversation import RowFault
 from finetune.errors import DataError
 from finetune.rowcheck import check
@@ -80,3 +80,9 @@ def test_no_row_ends_in_another_error(name: str) -> None:
                     reader.read(row)
                 except RowFault as fault:
                     assert fault.what  # noqa: PT017 - any other exception fails the test
+
+
+def test_a_recipe_may_name_every_format_there_is() -> None:
+    data = recipe.schema()["properties"]["data"]["properties"]
+    for place in (data, data["sources"]["items"]["properties"]):
+        assert set(place["format"]["enum"]) == {"auto", *formats.names()}

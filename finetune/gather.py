@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import dataset, hubdata, manifest, store, window
 from finetune.dataset import Reader, Row, Source
+from finetune.errors import DataError, Fault
 from finetune.evaluate import HeldOut
 from finetune.recipe import Recipe
 from finetune.renderer import Renderer
@@ -69,9 +70,15 @@ def gather(recipe: Recipe, renderer: Renderer, progress: dataset.Progress = data
         EnvironmentFault: the cache cannot be written.
     """
     fitting = window_of(recipe, renderer)
-    stores = [
-        store.open_source(reader(recipe, source, renderer), fitting, progress) for source in training_sources(recipe)
-    ]
+    stores: list[Stored] = []
+    faults: list[Fault] = []
+    for source in training_sources(recipe):
+        try:
+            stores.append(store.open_source(reader(recipe, source, renderer), fitting, progress))
+        except DataError as error:  # those of the other sources are told with it
+            faults += error.faults
+    if faults:
+        raise DataError.of(faults)
     numbers = [held_numbers(recipe, stored) for stored in stores]
     rows = _held_rows(recipe, renderer, stores, numbers)
     judged = window.fit(rows, fitting)

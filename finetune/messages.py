@@ -43,7 +43,9 @@ def turns_of(row: Mapping[str, Any], column: str) -> tuple[Turn, ...]:
 
 
 def listed(messages: object, column: str) -> tuple[Turn, ...]:
-    """A list of messages as turns. Raises RowFault."""
+    """A list of messages as turns; in a CSV cell it is JSON text. Raises RowFault."""
+    if isinstance(messages, str) and messages.lstrip().startswith("[{"):
+        messages = _json(messages, column, "broken_json")
     if not isinstance(messages, list):
         fix = 'write [{"role": …, "content": …}, …]'
         raise RowFault(column, f"is {shown(messages)}, not a list", fix, code="wrong_type")

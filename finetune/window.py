@@ -174,6 +174,11 @@ def _fitting(row: Row, renderer: Renderer, max_length: int, policy: str, tokens:
     def fits(turns: Turns) -> bool:
         return any(turn.answers for turn in turns) and _longest(renderer.examples(with_turns(turns))) <= max_length
 
+    def short(turns: Turns) -> bool:
+        """As if each answer were trained: what is context only takes as much room."""
+        trained = tuple(replace(turn, weight=1.0) if turn.role == "assistant" else turn for turn in turns)
+        return fits(trained)
+
     whole = row.conversation.turns
     system = whole[:1] if whole[0].role == "system" else ()
     turns = whole[len(system) :]
@@ -186,7 +191,7 @@ def _fitting(row: Row, renderer: Renderer, max_length: int, policy: str, tokens:
                     where=row.where, done="cut", tokens=tokens, detail=detail
                 )
     if policy == "split":
-        parts = _parts(system, turns, starts, fits)
+        parts = [part for part in _parts(system, turns, starts, short) if any(turn.answers for turn in part)]
         if parts:
             rows = [with_turns(part, f"{row.where}#{number}") for number, part in enumerate(parts, 1)]
             detail = f"into {len(parts)} samples; {_lost(turns, parts, system)} turns are left out"
@@ -195,14 +200,14 @@ def _fitting(row: Row, renderer: Renderer, max_length: int, policy: str, tokens:
     return [], Named(where=row.where, done="left out", tokens=tokens, detail=detail)
 
 
-def _parts(system: Turns, turns: Turns, starts: Sequence[int], fits: Callable[[Turns], bool]) -> list[Turns]:
+def _parts(system: Turns, turns: Turns, starts: Sequence[int], short: Callable[[Turns], bool]) -> list[Turns]:
     """The longest runs of whole exchanges that fit, one after the other; an exchange that does not fit is left out."""
     parts: list[Turns] = []
     ends = [*starts[1:], len(turns)]
     low = 0
     while low < len(starts):
         high = low
-        while high < len(starts) and fits((*system, *turns[starts[low] : ends[high]])):
+        while high < len(starts) and short((*system, *turns[starts[low] : ends[high]])):
             high += 1
         if high > low:
             parts.append((*system, *turns[starts[low] : ends[high - 1]]))

@@ -163,3 +163,19 @@ def test_columns_lead_to_a_format(work: Path) -> None:
     said = train("data.columns={messages: dialog}", "data.format=chat", "data.eval_path=null", *LOSS)
     assert said.code == 0, said.err
     assert "read as chat: 'messages' → turns; not read: 'text'" in said.out
+
+
+def test_faults_of_all_sources_come_at_once(mixed: str) -> None:
+    write_rows(Path("short.jsonl"), [chat("a", " ")])
+    Path("long.csv").write_text("question,reply\nq,\n")
+    said = finetune("plan", mixed, *_set(*LOSS))
+    assert said.code == 3
+    assert [line.split(": ")[1] for line in said.err.splitlines()] == ["short.jsonl:1", "long.csv:2"]
+
+
+def test_messages_in_a_cell_are_json(work: Path) -> None:
+    cells = "".join('"' + json.dumps(chat(f"{n}", "x")["messages"]).replace('"', '""') + '"\n' for n in range(5))
+    Path("train.csv").write_text("messages\n" + cells + '"[{]"\n')
+    said = finetune("data", "check", "train.csv", "--json")
+    told = json.loads(said.out)
+    assert (told["summary"]["trainable"], told["summary"]["codes"]) == (5, {"broken_json": 1})

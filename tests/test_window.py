@@ -108,3 +108,18 @@ def test_a_run_names_its_rows_in_its_folder(work: Path) -> None:
     changed = train("train.steps=1", "evaluate.metrics=[loss]", "data.over_length=split")
     assert changed.code == 2
     assert "data.over_length" in changed.err
+
+
+def test_splitting_keeps_the_context_that_fits(renderer: Renderer) -> None:
+    """An answer of weight 0 is what the next one builds on."""
+    turns = [Turn("user", "q1"), Turn("assistant", "context", 0.0), Turn("user", "q2"), Turn("assistant", "two")]
+    more = [Turn("user", "q3"), Turn("assistant", "three")]
+    whole = Row(conversation=Conversation((*turns, *more)), where="x:1")
+    longest = len(renderer.examples(whole)[0].ids) - 1
+    fitted = window.fit([whole], Window(renderer=renderer, max_length=longest, policy="split"))
+    assert [one.conversation.turns for one in fitted.rows] == [tuple(turns), tuple(more)]
+    assert "0 turns are left out" in fitted.named[0].detail
+    untrained = [Turn("user", "q4"), Turn("assistant", "unsaid", 0.0)]
+    row = Row(conversation=Conversation((*turns, *untrained * 9, *more)), where="x:1")
+    fitted = window.fit([row], Window(renderer=renderer, max_length=longest, policy="split"))
+    assert all(any(turn.answers for turn in one.conversation.turns) for one in fitted.rows)

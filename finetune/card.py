@@ -34,10 +34,11 @@ class Card:
         known = bool(licence and licence.on_hub)
         more: Facts = {} if known else {"license_name": licence.id if licence else "unknown", "license_link": "LICENSE"}
         merged = "merged" in self.parts
+        if self.terms.base_on_hub:
+            more |= {"base_model": self.terms.base, "base_model_relation": "finetune" if merged else "adapter"}
         data = ModelCardData(
-            license=licence.id if licence and known else "other", base_model=self.terms.base,
-            base_model_relation="finetune" if merged else "adapter",
-            library_name="transformers" if merged else "peft", tags=["lora", "finetune"], **more,
+            license=licence.id if licence and known else "other", library_name="transformers" if merged else "peft",
+            tags=["lora", "finetune"], **more,
         )  # fmt: skip
         return f"---\n{data.to_yaml()}\n---"
 
@@ -45,6 +46,8 @@ class Card:
         made = self.provenance
         base = made["base"]
         at = f" at commit `{base['commit']}`" if base.get("commit") else ""
+        if not self.terms.base_on_hub:
+            at = " (a folder of whoever made it; the digests of its files are in `manifest.json`)"
         lines = ["", f"# {self.name}", "", f"A LoRA derivative of `{base['name']}`{at}, made by one recipe."]
         lines += self._limits()
         lines += ["", "## How to load it", *self._loading()]

@@ -64,7 +64,7 @@ def make(
     taken = min(choices, key=lambda name: choices[name]["mean_kl"]) if choices else _plain(choice)
     if choices:
         choices["live"] = {"loss": proof.loss(expected, rows)}
-        for line in _table(choices, taken):
+        for line in _table(choices, taken, len(expected)):
             terminal.say(line)
     folding = merge.make_plan(this.base, this.form(), trained.weights, trained.config, replayed=taken == "replayed")
     found = _write_merged(this, folding, trained.weights, to, terminal)
@@ -112,8 +112,9 @@ def _measured(this: Run, rows: Sequence[Example], expected: Any, trained: Checkp
     return found
 
 
-def _table(choices: dict[str, dict[str, float]], taken: str) -> list[str]:
-    lines = [f"{'merged into':<28}{'loss':>9}{'mean KL to live':>18}"]
+def _table(choices: dict[str, dict[str, float]], taken: str, positions: int) -> list[str]:
+    """The measured choices, for a reader; the loss is that of these positions, not of all rows."""
+    lines = [f"{f'{positions} positions, merged into':<28}{'loss':>9}{'mean KL to live':>18}"]
     names = {
         "live": "(adapter on the live base)",
         "replayed": "base as trained against",

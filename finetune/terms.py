@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import families
+from finetune import families, fetch
 from finetune.base import ORIGIN, Base
 from finetune.dataset import Source
 from finetune.errors import EnvironmentFault, Fault
@@ -22,11 +22,12 @@ _TEXTS = ("LICENSE*", "LICENCE*", "license*", "licence*", "*LICENSE AGREEMENT*")
 
 @dataclass(frozen=True, kw_only=True)
 class DataTerms:
-    """The licence of one source: its id or ``unknown``, and the text that lay beside the data."""
+    """The licence of one source, by id or ``unknown``; the text that lay beside the data, and where a release has it."""
 
     source: str
     licence: str
     text: Path | None
+    place: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ class Terms:
     texts: tuple[Path, ...]
     notices: tuple[Path, ...]
     data: tuple[DataTerms, ...]
+
+    @property
+    def base_on_hub(self) -> bool:
+        """Whether others know the base by this name; a folder of this machine means nothing to them."""
+        return fetch.is_hub_id(self.base) and not Path(self.base).is_dir()
 
     def missing(self) -> list[str]:
         """What ought to be there and is not, in words."""
@@ -60,7 +66,7 @@ def find(base: Base, name: str, sources: Sequence[Source], data_licence: str | N
     texts = tuple(path for folder in folders for path in _files(folder, _TEXTS))[:2]
     notices = tuple(path for folder in folders for path in _files(folder, ("NOTICE*", "Notice*")))[:2]
     licence = families.licence(name) or (APACHE if any(map(_is_apache, texts)) else None)
-    data = tuple(_data(source, data_licence) for source in sources)
+    data = tuple(_data(source, data_licence, number) for number, source in enumerate(sources, 1))
     return Terms(base=name, licence=licence, texts=texts, notices=notices, data=data)
 
 
@@ -74,12 +80,13 @@ def _is_apache(path: Path) -> bool:
     return b"Apache License" in start and b"Version 2.0" in start
 
 
-def _data(source: Source, said: str | None) -> DataTerms:
+def _data(source: Source, said: str | None, number: int) -> DataTerms:
     path = Path(source.path)
     texts = _files(path if path.is_dir() else path.parent, _TEXTS)
     text = texts[0] if texts and path.exists() else None
-    licence = said or (f"see {text.name} beside it" if text else "unknown")
-    return DataTerms(source=source.path, licence=licence, text=text)
+    place = f"data-licences/{number}-{text.name}" if text else ""
+    licence = said or (f"its text is {place}" if text else "unknown")
+    return DataTerms(source=source.path, licence=licence, text=text, place=place)
 
 
 def refuse(terms: Terms, *, allow_unknown: bool) -> None:
@@ -106,12 +113,10 @@ def write(terms: Terms, out: Path, changes: Sequence[str]) -> None:
         (out / "LICENSE").write_bytes((Path(families.__file__).parent / terms.licence.text).read_bytes())
     name = terms.licence.notice_file if terms.licence else "NOTICE"
     (out / name).write_text("\n".join(notice(terms, changes)) + "\n", encoding="utf-8")
-    texts = [one for one in terms.data if one.text is not None]
-    for number, one in enumerate(texts, 1):
-        assert one.text is not None
-        folder = out / "data-licences"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{number}-{one.text.name}").write_bytes(one.text.read_bytes())
+    for one in terms.data:
+        if one.text is not None:
+            (out / one.place).parent.mkdir(exist_ok=True)
+            (out / one.place).write_bytes(one.text.read_bytes())
 
 
 def notice(terms: Terms, changes: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ import yaml
 
 from finetune import families, terms, verify
 from finetune.base import inspect
+from finetune.card import Card
 from finetune.dataset import Source
 from finetune.errors import EnvironmentFault
 from tests import runs
@@ -81,7 +82,8 @@ def test_a_flipped_bit_is_named_by_the_command(published: Path) -> None:
 def test_the_cards_facts_are_the_runs(published: Path) -> None:
     card = (OUT / "README.md").read_text()
     assert header(OUT)["license"] == "apache-2.0"
-    assert header(OUT)["base_model"] == "base"
+    assert "base_model" not in header(OUT)  # a folder's name means nothing to others
+    assert "the digests of its files are in `manifest.json`" in card
     scores = json.loads((OUTPUT / "scores.json").read_text())
     for name, found in scores.items():
         assert f"| {name} | {found['exact_match']:.3f}" in card
@@ -110,7 +112,6 @@ def test_an_adapter_alone_is_released_with_its_tokenizer(finished: Path) -> None
     assert not (OUT / "model.safetensors").exists()
     assert (OUT / "adapter_config.json").is_file()
     assert (OUT / "tokenizer.json").is_file()
-    assert header(OUT)["base_model_relation"] == "adapter"
     assert header(OUT)["library_name"] == "peft"
     assert verify.faults(OUT) == []
 
@@ -165,6 +166,7 @@ def test_texts_beside_the_data_are_carried(tmp_path: Path, finished: Path) -> No
     OUT.mkdir()
     terms.write(found, OUT, [])
     assert (OUT / "data-licences/1-LICENSE").read_text() == "free for all"
+    assert "its text is data-licences/1-LICENSE" in (OUT / "NOTICE").read_text()
     assert (OUT / "LICENSE").read_text() == (ROOT / "finetune/families/apache-2.0.txt").read_text()
     with pytest.raises(EnvironmentFault, match="licence of the data"):
         terms.refuse(terms.find(inspect(Path("base")), "SmolLM2-135M-Instruct", [Source(path="train.jsonl")], None),
@@ -194,3 +196,17 @@ def test_an_adapter_is_exported_for_its_consumer(finished: Path) -> None:
     config = json.loads((OUTPUT / "adapter/adapter_config.json").read_text())
     (OUTPUT / "adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     assert finetune("export", str(OUTPUT), "--out", "x", "--target", "vllm").code == 4  # the adapter was altered
+
+
+@pytest.mark.parametrize(("parts", "relation"), [(("merged",), "finetune"), (("adapter",), "adapter")])
+def test_a_base_of_the_hub_is_named_in_the_header(finished: Path, parts: tuple[str, ...], relation: str) -> None:
+    licensed()
+    found = terms.find(inspect(Path("base")), "Qwen/Qwen3-14B", [Source(path="train.jsonl")], "cc0-1.0")
+    made = {"base": {"name": "Qwen/Qwen3-14B", "commit": "c" * 40}, "data": {}}
+    card = Card(
+        name="x", terms=found, parts=parts, recipe="", scores={}, provenance=made, chat=True, thinking="strip"
+    ).text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["base_model"], head["base_model_relation"]) == ("Qwen/Qwen3-14B", relation)
+    assert "at commit `cccc" in card
+    assert "enable_thinking=False" in card

@@ -22,7 +22,7 @@ _TEXTS = ("LICENSE*", "LICENCE*", "license*", "licence*", "*LICENSE AGREEMENT*")
 
 @dataclass(frozen=True, kw_only=True)
 class DataTerms:
-    """The licence of one source, by id or ``unknown``; the text that lay beside the data, and where a release has it."""
+    """The licence of one source, by id or ``unknown``; the text found beside the data and its place in a release."""
 
     source: str
     licence: str

@@ -8,8 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import (
+    __version__,
+    budget,
+    checkpoint,
+    evaluate,
+    finished,
+    hardware,
+    layouts,
+    manifest,
+    merge,
+    model,
+    proof,
+    scores,
+    unfinished,
+)
 from finetune import base as bases
-from finetune import budget, checkpoint, evaluate, finished, hardware, layouts, manifest, merge, model, proof, scores
 from finetune.base import Base
 from finetune.checkpoint import Checkpoint
 from finetune.errors import EnvironmentFault, FinetuneError
@@ -17,13 +31,16 @@ from finetune.loading import BaseForm
 from finetune.merge import FoldPlan
 from finetune.prepare import Prepared
 from finetune.run import Run
-from finetune.runfolder import RunFolder, atomic_folder, clear_leftovers_of, json_bytes, read_json, write_synced
+from finetune.runfolder import RunFolder, json_bytes, read_json, remove, write_atomic, write_synced
 from finetune.terminal import Progress, Terminal
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
 
 PROVENANCE = "finetune.json"
+_MEASURED = ".measured.json"
+KEPT = ("*.safetensors", _MEASURED)
+"""What a merge that was killed need not do again: whole shards, and what the choices of a base were measured as."""
 
 
 def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str = "native") -> dict[str, Any]:
@@ -38,9 +55,7 @@ def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: 
     if out.exists():
         digest = manifest.digest(files.adapter / checkpoint.ADAPTER)
         return _already(out, {"adapter_sha256": digest, "base_asked": choice, "layout": layout}, terminal)
-    _check_room(out, bases.stored_bytes(prepared.base.tensors))
-    clear_leftovers_of(out)
-    with atomic_folder(out) as temporary:
+    with unfinished.folder(out, made_of(prepared, files, choice, layout), KEPT) as temporary:
         note, reason = make(prepared, files, (temporary, layout), choice, terminal)
         manifest.write(temporary, manifest.digests(temporary))
     if reason:
@@ -50,17 +65,32 @@ def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: 
     return note
 
 
+def made_of(prepared: Prepared, files: RunFolder, choice: str, layout: str) -> dict[str, Any]:
+    """What decides every byte of the merged weights."""
+    assert prepared.base is not None
+    adapter = manifest.digest(files.adapter / checkpoint.ADAPTER)
+    return {"adapter": adapter, "base": prepared.base.digests(), "choice": choice, "layout": layout, "by": __version__}
+
+
 def make(
     prepared: Prepared, files: RunFolder, to: tuple[Path, str], choice: str, terminal: Terminal
 ) -> tuple[dict[str, Any], str]:
-    """The merged model and its proof, in the folder and layout ``to``; → what was done, and why it does not hold."""
+    """The merged model and its proof, in the folder and layout ``to``; → what was done, and why it does not hold.
+
+    What a killed merge has finished in that folder (``KEPT``) is taken over.
+    """
+    assert prepared.base is not None
+    _check_room(to[0], bases.stored_bytes(prepared.base.tensors))
     this, policy = finished.live(prepared, files, terminal)
     rows: Sequence[Example] = prepared.held_out.examples if prepared.held_out else this.samples
     expected = proof.distributions(policy, rows)
     del policy
     gc.collect()
     trained = checkpoint.read_adapter(files.adapter)
-    choices = _measured(this, rows, expected, trained) if choice == "auto" and _differ(this) else {}
+    choices: dict[str, dict[str, float]] = {}
+    if choice == "auto" and _differ(this):
+        choices = read_json(to[0] / _MEASURED) or _measured(this, rows, expected, trained)
+        write_atomic(to[0] / _MEASURED, json_bytes(choices))
     taken = min(choices, key=lambda name: choices[name]["mean_kl"]) if choices else _plain(choice)
     if choices:
         choices["live"] = {"loss": proof.loss(expected, rows)}
@@ -81,6 +111,7 @@ def make(
         "folded_tensors": found,
         "proof": judged["proof"].to_dict(),
     }
+    remove(to[0] / _MEASURED)
     write_synced(to[0] / PROVENANCE, json_bytes(note))
     if not judged["holds"]:
         proof.mark_unusable(to[0])
@@ -102,7 +133,7 @@ def _measured(this: Run, rows: Sequence[Example], expected: Any, trained: Checkp
     form = replace(this.form(), weights=this.form().compute, double=False)
     for name in ("replayed", "original"):
         plan = merge.make_plan(this.base, this.form(), trained.weights, trained.config, replayed=name == "replayed")
-        change = merge.change(plan, trained.weights)
+        change = merge.Merged(plan=plan, weights=trained.weights).whole
         fits = _fits(this.base, form)
         policy = model.load_base(this.base, form, change=change) if fits else model.stream_base(this.base, form, change)
         answers = proof.distributions(policy, rows)
@@ -130,8 +161,8 @@ def _write_merged(this: Run, folding: FoldPlan, weights: Any, to: tuple[Path, st
     out, layout = to
     for line in folding.lines():
         terminal.say(line)
-    layouts.write(this.base, out, layout, trained=True)
     merge.apply(folding, this.base, weights, out, layout, Progress(terminal, "folding tensor"))
+    layouts.write(this.base, out, layout, trained=True)  # last: a folder without its config loads nowhere
     return sum(bool(fold.lora_a or fold.replacement or fold.rows) for fold in folding.folds.values())
 
 
@@ -192,8 +223,8 @@ def _already(out: Path, wanted: dict[str, str], terminal: Terminal) -> dict[str,
     raise EnvironmentFault("something is there already", str(out), "give another --out, or remove it")
 
 
-def _check_room(out: Path, needed: int) -> None:
-    free = hardware.free_disk(out.absolute())
+def _check_room(out: Path, size: int) -> None:
+    free, needed = hardware.free_disk(out), size - sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if free < needed + 50_000_000:
         what = f"{free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB"
-        raise EnvironmentFault(what, str(out), "free some space or give another --out")
+        raise EnvironmentFault(what, str(out.parent), "free some space or give another --out")

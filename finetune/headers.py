@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.errors import Fault
@@ -19,13 +19,14 @@ _LIMIT = 100 * 1024 * 1024
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
     """Where one tensor lies. ``stored``: its name in the shard, where it is another; ``rows``: the part of that tensor
-    which is this one, where it is not all of it."""
+    which is this one, where it is not all of it; ``start``: the shard's byte at which what is stored begins."""
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
     stored: str = ""
     rows: tuple[int, int] | None = None
+    start: int = field(default=0, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -101,7 +102,8 @@ def read(path: Path) -> dict[str, Tensor]:
         if name == "__metadata__":
             continue
         low, high = entry["data_offsets"]
-        tensor = Tensor(shard=path.name, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+        start = 8 + len(written) + low
+        tensor = Tensor(shard=path.name, dtype=entry["dtype"], shape=tuple(entry["shape"]), start=start)
         if entry["dtype"] in DTYPE_BYTES and high - low != tensor.bytes:
             raise ValueError(f"tensor {name} has {high - low} bytes, which is not its shape {list(tensor.shape)}")
         end = max(end, high)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,7 @@ def streamed(base: Base, form: BaseForm, change: Change | None = None) -> Any:
     with init_empty_weights():
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, attn_implementation=attention)
     reader = Reader(base)
+    weakref.finalize(model, reader.close)
     units = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
     for unit in units:
         unit.register_forward_pre_hook(_filled(_reading(reader, change), _names(model, unit, base), form))

@@ -9,22 +9,28 @@ is written.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune import shards
 from finetune.base import Base
 from finetune.errors import Fault, ModelError
-from finetune.kernels import frozen_linear
+from finetune.kernels import four_bit, frozen_linear
 from finetune.loading import DTYPES, BaseForm
+from finetune.shards import TORCH_DTYPES, Rows
 
 _PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
+_WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,22 +126,19 @@ def _scaling(module: str, rank: int, config: dict[str, Any]) -> float:
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def fold_tensor(value: torch.Tensor, fold: Fold, form: BaseForm, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """One folded tensor in fp32. value: [out, in] as stored in the shard."""
-    if fold.replacement:
-        return weights[fold.replacement].float()
+def _updated(block: torch.Tensor, rows: slice, fold: Fold, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rows of a base tensor, fp32 and ours to change: [rows, in] → with their share of the adapter."""
     if fold.rows:
-        return value.float().index_copy_(0, torch.tensor(fold.row_ids), weights[fold.rows].float())
-    held = value.to(DTYPES.get(form.weights, DTYPES[form.compute])).to(DTYPES[form.compute])
-    folded = frozen_linear.replay(held, form.weights, form.double) if fold.replay else value
-    folded = folded.to(torch.float32, copy=True)
+        for place, token in enumerate(fold.row_ids):
+            if rows.start <= token < rows.stop:
+                block[token - rows.start] = weights[fold.rows][place].float()
     if fold.lora_a:
-        folded.addmm_(weights[fold.lora_b].float(), weights[fold.lora_a].float(), alpha=fold.scaling)
+        block.addmm_(weights[fold.lora_b][rows].float(), weights[fold.lora_a].float(), alpha=fold.scaling)
     if fold.magnitude:
         # DoRA: direction times a learned length per output row (Liu et al. 2024, equation 5).
-        length = weights[fold.magnitude].float().reshape(-1)
-        folded *= (length / torch.linalg.norm(folded, dim=1))[:, None]
-    return folded
+        length = weights[fold.magnitude].float().reshape(-1)[rows]
+        block *= (length / torch.linalg.norm(block, dim=1))[:, None]
+    return block
 
 
 def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
@@ -143,26 +146,82 @@ def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
 
     A replayed weight lies on bf16's grid. Rounded to the nearest, every update below half a step is swallowed: 8 % of
     a QLoRA update at Qwen-14B's width (KL 1.5e-2 to the live model; 1.3e-4 this way, 1.0e-4 in fp32; decision 0006).
-    The draw hangs on the tensor's ``name`` alone, so that the same merge gives the same bytes.
+    The draw hangs on ``name`` alone, so that the same merge gives the same bytes: the bits of SFC64, which no version
+    of numpy will change, and which cost a quarter of torch's own.
     """
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    generator = torch.Generator().manual_seed(seed)
     bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
+    drawn = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-bits.numel() // 4)).view(np.int16))
+    # One draw of 64 bits is the noise of four values, -2^15 to 2^15 - 1 each.
+    noisy = torch.add(bits, drawn[: bits.numel()].view(bits.shape)).add_(1 << 15).bitwise_and_(-(1 << 16))
+    return noisy.view(torch.float32).to(torch.bfloat16)
 
 
-def change(plan: FoldPlan, weights: dict[str, torch.Tensor]) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """What the merged folder has of each base tensor, by name: folded, and rounded as it is written."""
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What the merged folder has of each base tensor: folded, and rounded as it is written. Row blocks are made side
+    by side where there is a ``pool``; they are the same ones, and the same bytes, with any number of workers."""
 
-    def changed(name: str, value: torch.Tensor) -> torch.Tensor:
-        if name not in plan.folds:
+    plan: FoldPlan
+    weights: dict[str, torch.Tensor]
+    pool: ThreadPoolExecutor | None = None
+
+    def rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """One tensor in row blocks; ``dtype``: that of the base's."""
+        fold = self.plan.folds.get(name)
+        if fold is None:
+            return rows.blocks()
+        scales = self._scales(rows) if fold.replay else None
+
+        def made(start: int, stop: int) -> torch.Tensor:
+            found = self._folded(rows, slice(start, stop), fold, scales)
+            return dithered(found, f"{name}:{start}") if fold.lora_a and dtype == torch.bfloat16 else found.to(dtype)
+
+        return self._side_by_side(made, rows)
+
+    def whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """One tensor that is in memory already: the same numbers."""
+        if name not in self.plan.folds:
             return value
-        fold = plan.folds[name]
-        found = fold_tensor(value, fold, plan.form, weights)
-        return dithered(found, name) if fold.lora_a and value.dtype == torch.bfloat16 else found.to(value.dtype)
+        rows = Rows(shape=tuple(value.shape), read=lambda start, stop: value[start:stop])
+        return torch.cat(list(self.rows(name, rows, value.dtype)))
 
-    return changed
+    def _folded(self, rows: Rows, at: slice, fold: Fold, scales: torch.Tensor | None) -> torch.Tensor:
+        """Rows of a base tensor with their share of the adapter, fp32."""
+        if fold.replacement:
+            return self.weights[fold.replacement][at].float()
+        block = rows.read(at.start, at.stop)
+        if fold.replay:
+            block, form = self._held(block), self.plan.form
+            begin = at.start * (block.numel() // len(block)) // four_bit.BLOCK
+            part = None if scales is None else scales[begin : begin - (-block.numel() // four_bit.BLOCK)]
+            block = frozen_linear.replay(block, form.weights, form.double, part)
+        return _updated(block.to(torch.float32, copy=True), at, fold, self.weights)
+
+    def _held(self, block: torch.Tensor) -> torch.Tensor:
+        """Base rows in the dtypes that they went through at loading."""
+        compute = DTYPES[self.plan.form.compute]
+        return block.to(DTYPES.get(self.plan.form.weights, compute)).to(compute)
+
+    def _scales(self, rows: Rows) -> torch.Tensor | None:
+        """What quantising a part must know of the whole tensor."""
+        if self.plan.form.weights not in ("nf4", "fp4"):
+            return None
+        found = self._side_by_side(lambda start, stop: four_bit.block_maxima(self._held(rows.read(start, stop))), rows)
+        return four_bit.scales_of(torch.cat(list(found)), double=self.plan.form.double)
+
+    def _side_by_side(self, made: Callable[[int, int], torch.Tensor], rows: Rows) -> Iterator[torch.Tensor]:
+        """The row blocks in their order, a few of them ahead of who takes them."""
+        waiting: deque[Future[torch.Tensor]] = deque()
+        for start, stop in rows.bounds():
+            if self.pool is None:
+                yield made(start, stop)
+                continue
+            waiting.append(self.pool.submit(made, start, stop))
+            if len(waiting) > 2 * _WORKERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def apply(
@@ -170,4 +229,13 @@ def apply(
     progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """Write the merged shards, with the base's own split and dtypes, into the folder ``out``."""
-    shards.rewrite(base, out, layout, change(plan, weights), progress)
+    kinds = {name: TORCH_DTYPES[tensor.dtype] for name, tensor in base.tensors.items()}
+    threads = torch.get_num_threads()
+    # A thread for each block: blocks that stay in a core's cache are too small to be shared between cores.
+    with ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        merged = Merged(plan=plan, weights=weights, pool=pool)
+        try:
+            shards.rewrite(base, out, layout, lambda name, rows: merged.rows(name, rows, kinds[name]), progress)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)

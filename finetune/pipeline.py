@@ -142,6 +142,17 @@ def merge(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str 
     return certify.merge_run(folder, out, choice, terminal, layout)
 
 
+def blend(
+    words: Sequence[str], out: Path, terminal: Terminal, method: str, density: float | None, seed: int, rank: int | None
+) -> None:
+    """Write the weighted merge of several runs' adapters, ``RUN:share`` each, and what each run lost by it."""
+    from finetune import blend as blending
+    from finetune import weigh
+
+    options = weigh.Options(method=method, density=density, seed=seed, rank=rank)
+    blending.blend(blending.parse(words), out, terminal, options)
+
+
 def export(run: Path, out: Path, to: str, target: str, terminal: Terminal) -> None:
     """Write a run's result for another program."""
     if to != "adapter":
@@ -157,6 +168,13 @@ def release(run: Path, out: Path, what: str, terminal: Terminal, **how: Any) -> 
     from finetune import release as releasing
 
     releasing.release(run, out, what, terminal, **how)
+
+
+def push(folder: Path, repo: str, terminal: Terminal, **how: Any) -> None:
+    """Upload a release to the hub; ``how`` as of ``push.push``."""
+    from finetune import push as pushing
+
+    pushing.push(folder, repo, terminal, **how)
 
 
 def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:

@@ -9,16 +9,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune import certify, checkpoint, finished, gather, layouts, scores, seal, terms
+from finetune import certify, checkpoint, finished, gather, layouts, manifest, scores, seal, terms, unfinished, verify
 from finetune.card import Card
 from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.prepare import Prepared
 from finetune.recipe import flatten, yamlfile
-from finetune.runfolder import RunFolder, atomic_folder, clear_leftovers_of, read_json, write_synced
+from finetune.runfolder import RunFolder, json_bytes, read_json, write_synced
 from finetune.terminal import Terminal
 from finetune.terms import Terms
 
 PARTS = {"merged": ("merged",), "adapter": ("adapter",), "both": ("merged", "adapter")}
+_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\ntokenizer.json filter=lfs diff=lfs merge=lfs -text\n"
+"""Every repository on a hub has such a file. This one is among the digests; one that the hub makes would not be."""
 _ADAPTER = (checkpoint.ADAPTER, checkpoint.CONFIG, checkpoint.PROVENANCE)
 
 
@@ -41,11 +43,16 @@ def release(
     assert prepared.base is not None
     found = terms.find(prepared.base, prepared.recipe.model, gather.training_sources(prepared.recipe), data_licence)
     terms.refuse(found, allow_unknown=allow_unknown)
-    if out.exists():
-        raise EnvironmentFault("something is there already", str(out), "give another --out, or remove it")
-    clear_leftovers_of(out)
     parts = PARTS[what]
-    with atomic_folder(out) as temporary:
+    made_of = certify.made_of(prepared, files, choice, layout) | {
+        "parts": parts, "data_licence": data_licence, "signed": key is not None,
+    }  # fmt: skip
+    asked = manifest.digest_bytes(json_bytes(made_of))
+    if out.exists():
+        _refuse_other(out, asked)
+        terminal.say(f"{out} is this release already: nothing to do")
+        return
+    with unfinished.folder(out, made_of, certify.KEPT) as temporary:
         merged: dict[str, Any] = {}
         if "merged" in parts:
             merged, reason = certify.make(prepared, files, (temporary, layout), choice, terminal)
@@ -55,10 +62,20 @@ def release(
             _copy_adapter(files, temporary if parts == ("adapter",) else temporary / "adapter")
         if parts == ("adapter",):
             layouts.copy_tokenizer(prepared.base, temporary)
-        _describe(prepared, files, (temporary, out.name), parts, found, merged)
+        _describe(prepared, files, (temporary, out.name), parts, found, {**merged, "asked": asked})
         if key is not None:
             seal.sign(temporary, key)
     terminal.say(f"release: {out}   check it: finetune verify {out}, or sha256sum -c SHA256SUMS inside it")
+
+
+def _refuse_other(out: Path, asked: str) -> None:
+    """Raise EnvironmentFault where what is there is anything but the release that was ``asked`` for, whole."""
+    made = read_json(out / verify.MANIFEST) if out.is_dir() else None
+    provenance = made.get("provenance") if isinstance(made, dict) else None
+    if not isinstance(provenance, dict) or provenance.get("asked") != asked:
+        raise EnvironmentFault("something is there already", str(out), "give another --out, or remove it")
+    if faults := verify.faults(out):
+        raise EnvironmentFault(f"this release is there, but {faults[0]}", str(out), "remove it and release again")
 
 
 def _copy_adapter(files: RunFolder, to: Path) -> None:
@@ -83,6 +100,7 @@ def _describe(
         "merge": {key: merged[key] for key in ("base_choice", "choices", "proof", "quantised_as") if key in merged},
         "scores": scores.read(files),
         "licence": found.licence.id if found.licence else "unknown",
+        "asked": merged["asked"],
     }
     changes = [f"- {line}" for line in _changes(recipe.model, parts, merged)]
     terms.write(found, folder, changes)
@@ -93,6 +111,7 @@ def _describe(
         chat=(folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
     )  # fmt: skip
     write_synced(folder / "README.md", card.text().encode())
+    write_synced(folder / ".gitattributes", _ATTRIBUTES)
     seal.write(folder, made)
 
 

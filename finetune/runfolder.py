@@ -122,10 +122,10 @@ class RunFolder:
                         remove(entry)
 
 
-def clear_leftovers_of(path: Path) -> None:
+def clear_leftovers_of(path: Path, but: str = "") -> None:
     """Remove what killed commands left beside ``path`` under its temporary names, and nothing else."""
     for entry in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
-        if _LEFTOVER.fullmatch(entry.name.removeprefix(path.name)):
+        if entry.name != but and _LEFTOVER.fullmatch(entry.name.removeprefix(path.name)):
             remove(entry)
 
 
@@ -205,6 +205,14 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_fault(error, path) from error
+
+
+def rename(path: Path, to: Path) -> None:
+    """Give a file that is whole and flushed its name."""
+    try:
+        path.rename(to)
+    except OSError as error:
+        raise disk_fault(error, to) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

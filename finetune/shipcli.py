@@ -1,4 +1,4 @@
-"""The verbs that ship: merge, export, release, verify, convert. Imports no torch."""
+"""The verbs that ship: merge, export, release, push, verify, convert. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _EXPORTS = ("adapter", "huggingface", "original")
 
 
 def merge(
-    run: RunPath,
+    runs: Annotated[
+        list[str], typer.Argument(help="a run's folder, or several with weights: a:0.7 b:0.3", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
     base: Annotated[
         str,
@@ -29,13 +31,30 @@ def merge(
     layout: Annotated[
         str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")
     ] = "native",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="of several: linear (the exact sum), svd, ties, dare_ties, …, as PEFT spells them"
+        ),
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option("--density", help="of several: the fraction of values that ties and dare keep")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of several: of the masks that dare draws")] = 0,
+    rank: Annotated[int | None, typer.Option("--rank", help="of several: the rank that an svd form gives")] = None,
 ) -> None:
-    """Fold a run's adapter into its base, and prove that the result is the trained model."""
+    """Fold a run's adapter into its base, and prove that the result is the trained model.
+
+    Several runs with weights become one adapter; what each of them lost is measured.
+    """
     _one_of(base, _BASES, "--base")
     _one_of(layout, _LAYOUTS, "--layout")
     from finetune import pipeline
 
-    pipeline.merge(run, out, base, Terminal(), layout)
+    if len(runs) > 1 or (not Path(runs[0]).exists() and ":" in runs[0]):
+        pipeline.blend(runs, out, Terminal(), method, density, seed, rank)
+    else:
+        pipeline.merge(Path(runs[0]), out, base, Terminal(), layout)
 
 
 def _one_of(word: str, legal: Sequence[str], option: str) -> None:
@@ -83,6 +102,20 @@ def release(
     )  # fmt: skip
 
 
+def push(
+    folder: Annotated[Path, typer.Argument(help="a release", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="owner/name on the hub", show_default=False)],
+    public: Annotated[
+        bool, typer.Option("--public", help="where the repository is made now: everybody can read and copy it")
+    ] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="the branch, which must exist")] = None,
+) -> None:
+    """Upload a release to the Hugging Face hub: one commit of what verifies, read back and compared."""
+    from finetune import pipeline
+
+    pipeline.push(folder, repo, Terminal(), private=not public, revision=revision)
+
+
 def verify(
     folder: Annotated[Path, typer.Argument(help="a release", show_default=False)],
     key: Annotated[Path | None, typer.Option("--key", help="the public key that it must be signed with")] = None,
@@ -115,4 +148,4 @@ def convert(
     pipeline.convert(source, out, to, Terminal())
 
 
-VERBS = (merge, export, release, verify, convert)
+VERBS = (merge, export, release, push, verify, convert)

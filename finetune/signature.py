@@ -66,7 +66,8 @@ def _faults(folder: Path, choose: Callable[[Any], Any], whose: str) -> list[str]
         verifier = choose(verifying.Config())
     except Exception as error:
         raise CannotCheck(f"cannot check against {verify.shown(whose)}: {reason(error)}") from error
-    whole = Everything().set_ignored_paths(paths=[verify.SUMS, verify.SIGNATURE], ignore_git_paths=False)
+    aside = [verify.SUMS, verify.SIGNATURE, verify.NOTES]
+    whole = Everything().set_ignored_paths(paths=aside, ignore_git_paths=False)
     try:
         verify.bounded(folder / verify.SIGNATURE)
         with contextlib.redirect_stdout(io.StringIO()):  # the library prints advice about old signatures

@@ -15,9 +15,10 @@ SHA256SUMS signed, nothing would hold the digest of the signature. SHA256SUMS it
 from the other files and is compared byte for byte. Digests find accidents. An attacker can write new ones, and only a
 signature checked against a key that came another way finds that.
 
-Not content, and not judged: modes, times, attributes. Links, devices and folders without files are faults, for nothing
-covers them. A receiver without this file has ``sha256sum --strict -c SHA256SUMS``, run in the folder; it sees every
-damaged and missing file, and no additional one. For the signature, see signature.py.
+Not content, and not judged: modes, times, attributes, and ``.cache/huggingface``, where the hub's client keeps notes in
+a folder that it has downloaded to; no program loads a model from there. Links, devices and folders without files are
+faults, for nothing covers them. A receiver without this file has ``sha256sum --strict -c SHA256SUMS``, run in the
+folder; it sees every damaged and missing file, and no additional one. For the signature, see signature.py.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ LIMIT = 16 * 1024**2
 _BLOCK = 1024**2
 _THREADS = 8
 _HEX = re.compile(r"[0-9a-f]{64}")
+NOTES = ".cache/huggingface"
 _LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)", re.DOTALL)
 
 
@@ -119,7 +121,7 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
             continue
         if below and not here:
             found.append(f"{shown(below)} is a folder without files")
-        waiting += [name for name, kind in here if kind == "folder"]
+        waiting += [name for name, kind in here if kind == "folder" and name != NOTES]
         names += [name for name, kind in here if kind == "file"]
         found += [f"{shown(name)} is {kind}" for name, kind in here if kind not in ("folder", "file")]
     return sorted(names), sorted(found)

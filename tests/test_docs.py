@@ -96,7 +96,8 @@ def test_tests_mirror_the_package() -> None:
         "headers": "test_base", "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
         "messages": "formats/test_chat",
         "rowcheck": "test_conversation", "datacli": "test_datacheck", "card": "test_release", "shipcli": "test_cli",
-        "export": "test_release", "terms": "test_release", "signature": "test_verify", "options": "test_cli",
+        "export": "test_release", "upload": "test_push", "terms": "test_release", "signature": "test_verify",
+        "options": "test_cli",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

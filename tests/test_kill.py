@@ -30,6 +30,7 @@ from tests.faults.breaking import (
     damaged,
     killed_at,
     killed_in_time,
+    last_of,
     orphaned,
     refused_at,
     results_folder,
@@ -77,11 +78,6 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sweep], Non
         assert not sweep.faults
 
     return judge
-
-
-def last_of(log: Sequence[Op], names: set[str], *parts: str) -> int:
-    """The number of the last operation of these names on a path that holds every part."""
-    return max(op.number for op in log if op.name in names and all(part in op.path for part in parts))
 
 
 def marked(log: Sequence[Op]) -> list[tuple[Mode, int]]:

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune import base as bases
-from finetune import finished, loading, merge, model, proof
+from finetune import finished, loading, merge, model, proof, shards
 from finetune.base import Base
 from finetune.errors import ModelError
 from finetune.kernels import frozen_linear
 from finetune.loading import BaseForm
+from finetune.merge import Fold, FoldPlan
 from finetune.model import Policy
+from finetune.shards import Rows
 from finetune.terminal import Terminal
 from tests import runs, tiny
 from tests.runs import MERGED, OUTPUT, awake, merge_run
@@ -225,8 +227,46 @@ def test_the_replayed_weight_is_the_loaded_one(
     shard = load_file(folder / "model.safetensors")
     for name, module in live.model.named_modules():
         if name.endswith("_proj"):
-            folded = merge.fold_tensor(shard[f"{name}.weight"], merge.Fold(replay=True), form, {})
+            folded = _folded(shard[f"{name}.weight"], Fold(replay=True), form, {})
             assert torch.equal(folded, frozen_linear.dense_weight(module, loading.DTYPES[compute]).float()), name
+
+
+def _folded(base: torch.Tensor, fold: Fold, form: BaseForm, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor as it is folded before it is rounded."""
+    merged = merge.Merged(plan=FoldPlan(folds={"x": fold}, form=form, replayed=True), weights=weights)
+    rows = Rows(shape=tuple(base.shape), read=lambda start, stop: base[start:stop])
+    return torch.cat(list(merged.rows("x", rows, torch.float32)))
+
+
+@pytest.mark.parametrize("weights", ["nf4", "fp4", "int8", "bf16"])
+@pytest.mark.parametrize("columns", [64, 96, 70])  # 70: a quantisation block lies across rows
+def test_row_blocks_fold_as_the_whole(weights: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory allows at a time changes no number: double quantisation alone sees beyond a block."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base = (drawn(200, columns) * 0.02).bfloat16()
+    adapter = {"a": drawn(4, columns), "b": drawn(200, 4), "m": drawn(200), "r": drawn(2, columns), "w": drawn(200, 3)}
+    form = BaseForm(weights=weights, double=True, compute="fp32", device="cpu")
+    lora = {"lora_a": "a", "lora_b": "b", "scaling": 0.5}
+    folds = {
+        "replay": Fold(replay=True),
+        "LoRA": Fold(**lora),
+        "replay, LoRA": Fold(replay=True, **lora),
+        "DoRA": Fold(replay=True, magnitude="m", **lora),
+        "rows": Fold(rows="r", row_ids=(199, 3)),
+        "whole": Fold(replacement="w"),
+    }
+    for name, fold in folds.items():
+        whole = _folded(base, fold, form, adapter)
+        with monkeypatch.context() as patched:
+            patched.setattr(shards, "_BLOCK", 1)
+            assert Rows(shape=(200, columns), read=None).bounds() == [(0, 64), (64, 128), (128, 192), (192, 200)]
+            blocks = _folded(base, fold, form, adapter)
+        assert torch.allclose(blocks, whole, rtol=1e-6, atol=1e-7), name
+        assert "LoRA" in name or name == "DoRA" or torch.equal(blocks, whole), name
 
 
 def test_an_update_below_a_step_of_bf16_is_not_swallowed() -> None:
@@ -241,6 +281,7 @@ def test_an_update_below_a_step_of_bf16_is_not_swallowed() -> None:
         return float(((rounded.float() - base.float()) * update).sum() / update.square().sum())
 
     assert kept(wanted.bfloat16()) < 0.8
+
     found = merge.dithered(wanted, "model.layers.0.mlp.up_proj.weight")
     assert abs(kept(found) - 1) < 0.02
     # Neighbours only, the same bytes each time, and what is on the grid stays.

@@ -176,6 +176,8 @@ def test_a_signed_release_holds_under_any_name(release: Path, tmp_path: Path, cu
     assert run("sha256sum", "--strict", "-c", "SHA256SUMS", cwd=copy).returncode == 0
     done = model_signing("verify", copy, keys.public)
     assert (done.returncode, done.stdout) == (0, "Verification succeeded\n"), done.stderr
+    fill(copy, {".cache/huggingface/download/x.metadata": b"x"})
+    assert signature.check_signature(copy, keys.public) == []
     (copy / ".gitattributes").write_text("")
     assert ".gitattributes" in signature.check_signature(copy, keys.public)[0]
     assert model_signing("verify", copy, keys.public).returncode == 1

@@ -96,6 +96,18 @@ def test_no_bit_of_our_own_files_is_free(release: Path, name: str) -> None:
         path.write_bytes(before)
 
 
+def test_the_notes_of_a_download_are_not_judged(release: Path) -> None:
+    fill(release, {".cache/huggingface/download/config.json.metadata": b"x", ".cache/huggingface/.gitignore": b"*"})
+    assert verify.faults(release) == []
+    fill(release, {".cache/other": b"x", "sub/.cache/huggingface/x": b"x"})
+    found = " ".join(verify.faults(release))
+    assert ".cache/other was added" in found
+    assert "sub/.cache/huggingface/x was added" in found
+    name = next(iter(PAYLOAD))
+    (release / name).write_bytes(b"other")
+    assert any(f"{name} is damaged" in fault for fault in verify.faults(release))
+
+
 def test_fifty_files_added_removed_or_renamed_are_found_and_named(release: Path, tmp_path: Path) -> None:
     source = random.Random(5)
     for turn in range(50):

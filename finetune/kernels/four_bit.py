@@ -28,7 +28,7 @@ from finetune.errors import ModelError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NESTED_BLOCK = 256
+NESTED_BLOCK, BLOCK = 256, 64
 
 # A block below this is zero. With a scale this large no product of scale and number is subnormal, and subnormal
 # products are where bitsandbytes differs from itself: some of its kernels flush them to zero (CUDA's fast math, bf16
@@ -75,7 +75,7 @@ class Packed:
     blocksize: int
 
 
-def quantize(weight: torch.Tensor, kind: str, *, double: bool, blocksize: int = 64) -> Packed:
+def quantize(weight: torch.Tensor, kind: str, *, double: bool, blocksize: int = BLOCK) -> Packed:
     """A weight of any shape in fp32, bf16 or fp16, packed. ``kind``: nf4 or fp4.
 
     Raises:
@@ -102,7 +102,7 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> torch.Tensor
 
 
 def round_trip(
-    weight: torch.Tensor, kind: str, *, double: bool, blocksize: int = 64, scales: torch.Tensor | None = None
+    weight: torch.Tensor, kind: str, *, double: bool, blocksize: int = BLOCK, scales: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``dequantize(quantize(weight, …))`` without holding the packed form; the same bits, in the weight's dtype.
 
@@ -121,7 +121,7 @@ def round_trip(
     return out.view(weight.shape)
 
 
-def block_maxima(weight: torch.Tensor, blocksize: int = 64) -> torch.Tensor:
+def block_maxima(weight: torch.Tensor, blocksize: int = BLOCK) -> torch.Tensor:
     """The largest magnitude of each block, fp32 [blocks]; zero where it is below 2^-64.
 
     Raises:

@@ -97,14 +97,16 @@ def held_dense(model: torch.nn.Module) -> Iterator[None]:
             layer.held_dense = None
 
 
-def replay(weight: torch.Tensor, weights: str, double: bool) -> torch.Tensor:
+def replay(weight: torch.Tensor, weights: str, double: bool, scales: torch.Tensor | None = None) -> torch.Tensor:
     """A full-precision weight [out, in] as it acted while it was trained against: quantised anew and dequantised.
 
     From the shard, never from a live layer. ``weight`` comes in the compute dtype, as it did at loading, and so does
-    the result; bit-equal to ``dense_weight`` of the layer that loading makes from it.
+    the result; bit-equal to ``dense_weight`` of the layer that loading makes from it. A part of a weight, 64 of its
+    rows or a multiple, comes with its part of the
+    whole weight's ``four_bit.scales_of``.
     """
     if weights in ("nf4", "fp4"):
-        return four_bit.round_trip(weight, weights, double=double)
+        return four_bit.round_trip(weight, weights, double=double, scales=scales)
     if weights == "int8":
         codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
         return dense_int8(codes, scales, weight.dtype)

@@ -179,6 +179,11 @@ def orphaned(lane: Lane, moment: Moment) -> Verdict:
     return lane.again(moment.config, f"{moment.config} main process alone killed after {seconds:.3f} s")
 
 
+def last_of(log: Sequence[Op], names: set[str], *parts: str) -> int:
+    """The number of the last operation of these names on a path that holds every part."""
+    return max(op.number for op in log if op.name in names and all(part in op.path for part in parts))
+
+
 def results_folder(otherwise: Path) -> Path:
     """Where sweeps leave their figures: the folder that FINETUNE_RESULTS names, or a scratch one."""
     return Path(os.environ.get("FINETUNE_RESULTS") or otherwise)

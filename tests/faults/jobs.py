@@ -26,6 +26,15 @@ def train(recipe: str, plant: str = "") -> NoReturn:
     raise AssertionError("the command line ends by an exit code")
 
 
+def command(arguments: Sequence[str]) -> NoReturn:
+    """Any command of the line."""
+    from finetune import cli
+
+    sys.argv = ["finetune", *arguments]
+    cli.main()
+    raise AssertionError("the command line ends by an exit code")
+
+
 def train_signalled(
     recipe: str, signals: Sequence[tuple[float, int]], group: bool = False, plant: str = ""
 ) -> NoReturn:

@@ -167,10 +167,8 @@ class Merged:
     pool: ThreadPoolExecutor | None = None
 
     def rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """One tensor in row blocks; ``dtype``: that of the base's."""
-        fold = self.plan.folds.get(name)
-        if fold is None:
-            return rows.blocks()
+        """A tensor that changes, in row blocks; ``dtype``: that of the base's."""
+        fold = self.plan.folds[name]
         scales = self._scales(rows) if fold.replay else None
 
         def made(start: int, stop: int) -> torch.Tensor:
@@ -229,13 +227,17 @@ def apply(
     progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """Write the merged shards, with the base's own split and dtypes, into the folder ``out``."""
-    kinds = {name: TORCH_DTYPES[tensor.dtype] for name, tensor in base.tensors.items()}
     threads = torch.get_num_threads()
     # A thread for each block: blocks that stay in a core's cache are too small to be shared between cores.
     with ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         merged = Merged(plan=plan, weights=weights, pool=pool)
+
+        def changed(name: str, rows: Rows) -> Iterator[torch.Tensor]:
+            folds = name in plan.folds
+            return merged.rows(name, rows, TORCH_DTYPES[base.tensors[name].dtype]) if folds else rows.blocks()
+
         try:
-            shards.rewrite(base, out, layout, lambda name, rows: merged.rows(name, rows, kinds[name]), progress)
+            shards.rewrite(base, out, layout, changed, progress)
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)

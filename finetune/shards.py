@@ -25,9 +25,10 @@ from finetune.families import qwen1
 from finetune.headers import DTYPE_BYTES, INDEX, SINGLE, Tensor
 from finetune.runfolder import disk_fault, json_bytes, read_json, rename, write_synced
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""Of weights."""
+_STORED = TORCH_DTYPES | {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _BLOCK = 1 << 18
 """Values read and written at a time: 1 MB in fp32. They stay in a cache, and memory does not follow the model."""
@@ -85,7 +86,7 @@ class Reader:
             found = tensors.get(stored)
             if found is None or found.dtype != place.dtype or found.shape[1:] != place.shape[1:]:
                 raise ValueError("the shard is not the one that was looked into")
-            value = torch.empty((stop - start, *place.shape[1:]), dtype=TORCH_DTYPES[place.dtype])
+            value = torch.empty((stop - start, *place.shape[1:]), dtype=_STORED[place.dtype])
             row = value[:1].nbytes
             _fill(value, file, found.start + row * (start + (place.rows or (0, 0))[0]))
         except (OSError, ValueError) as error:
@@ -188,7 +189,7 @@ def _blocks(source: Reader, written: Written, change: Change | None) -> Iterator
     for part in written.parts:
         rows = source.streamed(part)
         for block in change(part, rows) if change else rows.blocks():
-            yield block.to(TORCH_DTYPES[written.tensor.dtype])
+            yield block.to(_STORED[written.tensor.dtype])
 
 
 def header_of(layout: Mapping[str, Tensor]) -> bytes:

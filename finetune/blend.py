@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def blend(parts: Sequence[Part], out: Path, terminal: Terminal, options: weigh.O
                 "sha256": first.identity.base,
             },
             "rope": first.prepared.recipe.rope,
+            "form": {key: value for key, value in asdict(first.form()).items() if key != "device"},
             "peft": config["peft_version"],
             "parts": [_part(each, losses) for each, losses in zip(opened, found, strict=True)],
         }

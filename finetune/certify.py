@@ -1,41 +1,35 @@
-"""Merge a finished run into a folder, load that folder from the disk, and prove that it is the trained model."""
+"""Merge an adapter into a folder, load that folder from the disk, and prove that it is the trained model."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune import (
     __version__,
     budget,
     checkpoint,
     evaluate,
-    finished,
     hardware,
     layouts,
     manifest,
-    merge,
     model,
     proof,
     scores,
     unfinished,
 )
 from finetune import base as bases
+from finetune import merge as merging
 from finetune.base import Base
 from finetune.checkpoint import Checkpoint
 from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.loading import BaseForm
 from finetune.merge import FoldPlan
-from finetune.prepare import Prepared
-from finetune.run import Run
-from finetune.runfolder import RunFolder, json_bytes, read_json, remove, write_atomic, write_synced
+from finetune.runfolder import json_bytes, read_json, remove, write_atomic, write_synced
 from finetune.terminal import Progress, Terminal
-
-if TYPE_CHECKING:
-    from finetune.dataset import Example
+from finetune.trained import Trained
 
 PROVENANCE = "finetune.json"
 _MEASURED = ".measured.json"
@@ -43,20 +37,18 @@ KEPT = ("*.safetensors", _MEASURED)
 """What a merge that was killed need not do again: whole shards, and what the choices of a base were measured as."""
 
 
-def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str = "native") -> dict[str, Any]:
+def merge(given: Trained, out: Path, choice: str, terminal: Terminal, layout: str = "native") -> dict[str, Any]:
     """Fold the adapter into the base, load the result from the disk, and prove that it is the trained model.
 
     ``choice``: replayed (the base as it was trained against), original (as published), or auto: what is measured to be
     nearer to the live model.
     """
-    prepared, files = finished.open_run(folder)
-    assert prepared.base is not None
-    layouts.refuse_impossible(prepared.base, layout)
+    layouts.refuse_impossible(given.base, layout)
     if out.exists():
-        digest = manifest.digest(files.adapter / checkpoint.ADAPTER)
+        digest = manifest.digest(given.folder / checkpoint.ADAPTER)
         return _already(out, {"adapter_sha256": digest, "base_asked": choice, "layout": layout}, terminal)
-    with unfinished.folder(out, made_of(prepared, files, choice, layout), KEPT) as temporary:
-        note, reason = make(prepared, files, (temporary, layout), choice, terminal)
+    with unfinished.folder(out, made_of(given, choice, layout), KEPT) as temporary:
+        note, reason = make(given, (temporary, layout), choice, terminal)
         manifest.write(temporary, manifest.digests(temporary))
     if reason:
         raise FinetuneError(reason, str(out), "the folder is marked unusable (config.json.unusable)")
@@ -65,49 +57,45 @@ def merge_run(folder: Path, out: Path, choice: str, terminal: Terminal, layout: 
     return note
 
 
-def made_of(prepared: Prepared, files: RunFolder, choice: str, layout: str) -> dict[str, Any]:
+def made_of(given: Trained, choice: str, layout: str) -> dict[str, Any]:
     """What decides every byte of the merged weights."""
-    assert prepared.base is not None
-    adapter = manifest.digest(files.adapter / checkpoint.ADAPTER)
-    return {"adapter": adapter, "base": prepared.base.digests(), "choice": choice, "layout": layout, "by": __version__}
+    adapter, form = manifest.digest(given.folder / checkpoint.ADAPTER), asdict(given.form)
+    asked = {"choice": choice, "layout": layout, "rope": given.rope}
+    return {"adapter": adapter, "base": dict(given.sha256), "form": form, "by": __version__} | asked
 
 
-def make(
-    prepared: Prepared, files: RunFolder, to: tuple[Path, str], choice: str, terminal: Terminal
-) -> tuple[dict[str, Any], str]:
+def make(given: Trained, to: tuple[Path, str], choice: str, terminal: Terminal) -> tuple[dict[str, Any], str]:
     """The merged model and its proof, in the folder and layout ``to``; → what was done, and why it does not hold.
 
     What a killed merge has finished in that folder (``KEPT``) is taken over.
     """
-    assert prepared.base is not None
-    _check_room(to[0], bases.stored_bytes(prepared.base.tensors))
-    this, policy = finished.live(prepared, files, terminal)
-    rows: Sequence[Example] = prepared.held_out.examples if prepared.held_out else this.samples
-    expected = proof.distributions(policy, rows)
+    _check_room(to[0], bases.stored_bytes(given.base.tensors))
+    policy = given.live()
+    expected = proof.distributions(policy, given.rows)
     del policy
     gc.collect()
-    trained = checkpoint.read_adapter(files.adapter)
+    trained = checkpoint.read_adapter(given.folder)
     choices: dict[str, dict[str, float]] = {}
-    if choice == "auto" and _differ(this):
-        choices = read_json(to[0] / _MEASURED) or _measured(this, rows, expected, trained)
+    if choice == "auto" and given.is_quantised():
+        choices = read_json(to[0] / _MEASURED) or _measured(given, expected, trained)
         write_atomic(to[0] / _MEASURED, json_bytes(choices))
     taken = min(choices, key=lambda name: choices[name]["mean_kl"]) if choices else _plain(choice)
     if choices:
-        choices["live"] = {"loss": proof.loss(expected, rows)}
+        choices["live"] = {"loss": proof.loss(expected, given.rows)}
         for line in _table(choices, taken, len(expected)):
             terminal.say(line)
-    folding = merge.make_plan(this.base, this.form(), trained.weights, trained.config, replayed=taken == "replayed")
-    found = _write_merged(this, folding, trained.weights, to, terminal)
-    judged = _judge_merged(this, to[0], rows, expected, taken, terminal)
+    folding = merging.make_plan(given.base, given.form, trained.weights, trained.config, replayed=taken == "replayed")
+    found = _write_merged(given, folding, trained.weights, to, terminal)
+    judged = _judge_merged(given, to[0], expected, taken, terminal)
     note = {
-        "adapter_sha256": manifest.digest(files.adapter / checkpoint.ADAPTER),
-        "base": {"name": prepared.recipe.model, "commit": prepared.commit, "sha256": this.identity.base},
+        "adapter_sha256": manifest.digest(given.folder / checkpoint.ADAPTER),
+        "base": {"name": given.name, "commit": given.commit, "sha256": dict(given.sha256)},
         "base_asked": choice,
         "base_choice": taken,
         "choices": choices,
         "layout": to[1],
-        "rope": prepared.recipe.rope,
-        "quantised_as": this.form().weights if taken == "replayed" else None,
+        "rope": given.rope,
+        "quantised_as": given.form.weights if taken == "replayed" else None,
         "folded_tensors": found,
         "proof": judged["proof"].to_dict(),
     }
@@ -118,26 +106,23 @@ def make(
     return note, judged["reason"]
 
 
-def _differ(this: Run) -> bool:
-    """Whether the base as it was trained against is another one than the published."""
-    return this.form().weights in ("nf4", "fp4", "int8")
-
-
 def _plain(choice: str) -> str:
     return "replayed" if choice == "auto" else choice
 
 
-def _measured(this: Run, rows: Sequence[Example], expected: Any, trained: Checkpoint) -> dict[str, dict[str, float]]:
+def _measured(given: Trained, expected: Any, trained: Checkpoint) -> dict[str, dict[str, float]]:
     """Loss and mean KL to the live model of each merge, without writing either: tensors are folded as they are read."""
     found = {}
-    form = replace(this.form(), weights=this.form().compute, double=False)
+    form = replace(given.form, weights=given.form.compute, double=False)
     for name in ("replayed", "original"):
-        plan = merge.make_plan(this.base, this.form(), trained.weights, trained.config, replayed=name == "replayed")
-        change = merge.Merged(plan=plan, weights=trained.weights).whole
-        fits = _fits(this.base, form)
-        policy = model.load_base(this.base, form, change=change) if fits else model.stream_base(this.base, form, change)
-        answers = proof.distributions(policy, rows)
-        found[name] = {"loss": proof.loss(answers, rows), "mean_kl": proof.compare(expected, answers, name).mean_kl}
+        plan = merging.make_plan(given.base, given.form, trained.weights, trained.config, replayed=name == "replayed")
+        change = merging.Merged(plan=plan, weights=trained.weights).whole
+        fits = _fits(given.base, form)
+        policy = (model.load_base if fits else model.stream_base)(given.base, form, change=change)
+        answers = proof.distributions(policy, given.rows)
+        found[name] = {
+            "loss": proof.loss(answers, given.rows), "mean_kl": proof.compare(expected, answers, name).mean_kl,
+        }  # fmt: skip
         del policy
         gc.collect()
     return found
@@ -157,38 +142,38 @@ def _table(choices: dict[str, dict[str, float]], taken: str, positions: int) -> 
     return lines
 
 
-def _write_merged(this: Run, folding: FoldPlan, weights: Any, to: tuple[Path, str], terminal: Terminal) -> int:
+def _write_merged(given: Trained, folding: FoldPlan, weights: Any, to: tuple[Path, str], terminal: Terminal) -> int:
     out, layout = to
     for line in folding.lines():
         terminal.say(line)
-    merge.apply(folding, this.base, weights, out, layout, Progress(terminal, "folding tensor"))
-    layouts.write(this.base, out, layout, trained=True)  # last: a folder without its config loads nowhere
+    merging.apply(folding, given.base, weights, out, layout, Progress(terminal, "folding tensor"))
+    layouts.write(given.base, out, layout, trained=True)  # last: a folder without its config loads nowhere
     return sum(bool(fold.lora_a or fold.replacement or fold.rows) for fold in folding.folds.values())
 
 
-def _judge_merged(this: Run, folder: Path, rows: Any, expected: Any, choice: str, terminal: Terminal) -> dict[str, Any]:
+def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, terminal: Terminal) -> dict[str, Any]:
     """Load the folder as anyone would, compare with the live model, and score the held-out rows."""
-    merged = bases.inspect(folder)
-    form = BaseForm(weights=this.form().compute, double=False, compute=this.form().compute, device=this.form().device)
+    merged, compute = bases.inspect(folder), given.form.compute
+    form = BaseForm(weights=compute, double=False, compute=compute, device=given.form.device)
     fits = _fits(merged, form)
     policy = model.load_base(merged, form) if fits else model.stream_base(merged, form)
-    compared = proof.compare(expected, proof.distributions(policy, rows), choice)
+    compared = proof.compare(expected, proof.distributions(policy, given.rows), choice)
     result = {"proof": compared, "holds": compared.holds, "reason": ""}
     if not compared.holds:
         result["reason"] = f"the merged model differs: mean KL {compared.mean_kl:.2e} nats, bound {compared.bound:.0e}"
         return result
-    held_out = this.prepared.held_out
+    held_out = given.run.prepared.held_out if given.run else None
     if not fits:
         terminal.say("the merged model does not fit this machine: compared layer by layer, its rows are not scored")
-    if held_out is None or not fits:
+    if given.run is None or held_out is None or not fits:
         return result
     bars: dict[str, Progress] = {}
 
     def show(what: str, done: int, of: int) -> None:
         bars.setdefault(what, Progress(terminal, f"judging merged: {what}"))(done, of)
 
-    judged = evaluate.judge(policy, held_out, this.how(), progress=show)
-    stored = scores.record(this.folder, "merged", judged, held_out)
+    judged = evaluate.judge(policy, held_out, given.run.how(), progress=show)
+    stored = scores.record(given.run.folder, "merged", judged, held_out)
     for line in scores.table(stored):
         terminal.say(line)
     after = stored.get("after", {}).get("exact_match")

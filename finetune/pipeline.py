@@ -135,11 +135,16 @@ def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:
     return found
 
 
-def merge(folder: Path, out: Path, choice: str, terminal: Terminal, layout: str = "native") -> dict[str, Any]:
-    """Fold the adapter into the base as it was trained against (or as published), and prove the result."""
-    from finetune import certify
+def merge(
+    folder: Path, out: Path, choice: str, terminal: Terminal, layout: str = "native", **bare: Any
+) -> dict[str, Any]:
+    """Fold a run's adapter into the base as it was trained against (or as published), and prove the result.
 
-    return certify.merge_run(folder, out, choice, terminal, layout)
+    A bare adapter folder is merged too; ``bare`` as of ``trained.of_adapter``.
+    """
+    from finetune import certify, trained
+
+    return certify.merge(trained.of(folder, terminal, **bare), out, choice, terminal, layout)
 
 
 def blend(

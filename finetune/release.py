@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune import certify, checkpoint, finished, gather, layouts, manifest, scores, seal, terms, unfinished, verify
+from finetune import certify, checkpoint, gather, layouts, manifest, scores, seal, terms, trained, unfinished, verify
 from finetune.card import Card
 from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.prepare import Prepared
@@ -39,12 +39,13 @@ def release(
         EnvironmentFault: a licence forbids it or is not known; something is in the way; the disk refuses.
         ModelError, FinetuneError: no finished run, or a merge that does not hold.
     """
-    prepared, files = finished.open_run(run)
-    assert prepared.base is not None
-    found = terms.find(prepared.base, prepared.recipe.model, gather.training_sources(prepared.recipe), data_licence)
+    given = trained.of_run(run, terminal)
+    assert given.run is not None
+    prepared, files = given.run.prepared, given.run.folder
+    found = terms.find(given.base, prepared.recipe.model, gather.training_sources(prepared.recipe), data_licence)
     terms.refuse(found, allow_unknown=allow_unknown)
     parts = PARTS[what]
-    made_of = certify.made_of(prepared, files, choice, layout) | {
+    made_of = certify.made_of(given, choice, layout) | {
         "parts": parts, "data_licence": data_licence, "signed": key is not None,
     }  # fmt: skip
     asked = manifest.digest_bytes(json_bytes(made_of))
@@ -55,13 +56,13 @@ def release(
     with unfinished.folder(out, made_of, certify.KEPT) as temporary:
         merged: dict[str, Any] = {}
         if "merged" in parts:
-            merged, reason = certify.make(prepared, files, (temporary, layout), choice, terminal)
+            merged, reason = certify.make(given, (temporary, layout), choice, terminal)
             if reason:
                 raise FinetuneError(reason, str(out), "nothing was released")
         if "adapter" in parts:
             _copy_adapter(files, temporary if parts == ("adapter",) else temporary / "adapter")
         if parts == ("adapter",):
-            layouts.copy_tokenizer(prepared.base, temporary)
+            layouts.copy_tokenizer(given.base, temporary)
         _describe(prepared, files, (temporary, out.name), parts, found, {**merged, "asked": asked})
         if key is not None:
             seal.sign(temporary, key)

@@ -18,7 +18,10 @@ _EXPORTS = ("adapter", "huggingface", "original")
 
 def merge(
     runs: Annotated[
-        list[str], typer.Argument(help="a run's folder, or several with weights: a:0.7 b:0.3", show_default=False)
+        list[str],
+        typer.Argument(
+            help="a run's folder, an adapter's, or several runs with weights: a:0.7 b:0.3", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
     base: Annotated[
@@ -42,19 +45,29 @@ def merge(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of several: of the masks that dare draws")] = 0,
     rank: Annotated[int | None, typer.Option("--rank", help="of several: the rank that an svd form gives")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="of a bare adapter: its base, where it is not the one it names")
+    ] = None,
+    quantised_as: Annotated[
+        str | None,
+        typer.Option("--quantised-as", help="of a bare adapter: nf4, fp4 or int8, as its base was in training"),
+    ] = None,
+    rows: Annotated[Path | None, typer.Option("--rows", help="of a bare adapter: a data file to compare on")] = None,
 ) -> None:
-    """Fold a run's adapter into its base, and prove that the result is the trained model.
+    """Fold an adapter into its base, and prove that the result is the trained model.
 
     Several runs with weights become one adapter; what each of them lost is measured.
     """
     _one_of(base, _BASES, "--base")
     _one_of(layout, _LAYOUTS, "--layout")
+    _one_of(quantised_as or "nf4", ("nf4", "fp4", "int8"), "--quantised-as")
     from finetune import pipeline
 
     if len(runs) > 1 or (not Path(runs[0]).exists() and ":" in runs[0]):
         pipeline.blend(runs, out, Terminal(), method, density, seed, rank)
-    else:
-        pipeline.merge(Path(runs[0]), out, base, Terminal(), layout)
+        return
+    bare = {"name": model, "quantised_as": quantised_as, "rows": rows}
+    pipeline.merge(Path(runs[0]), out, base, Terminal(), layout, **bare)
 
 
 def _one_of(word: str, legal: Sequence[str], option: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -197,6 +198,7 @@ def _finish(run: Run, policy: Policy, steps: int) -> None:
         "commit": run.prepared.commit,
         "base_sha256": run.identity.base,
         "rope": recipe.rope,
+        "form": {key: value for key, value in asdict(run.form()).items() if key != "device"},
     }
     files = {
         checkpoint.PROVENANCE: json_bytes(made),

@@ -1,0 +1,126 @@
+"""What a merge begins with: a run, or an adapter folder of ours or of another program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune import trained
+from finetune.errors import ModelError
+from tests import runs
+from tests.runs import MERGED, OUTPUT, awake, finetune, merge_run
+
+BARE = Path("bare")
+IDS = torch.tensor([[5, 250, 17, 80, 44, 3, 120, 9, 201, 66, 12, 7]])
+
+
+def merge(*options: str, folder: Path = BARE, out: str = "out") -> runs.Said:
+    return finetune("merge", str(folder), "--out", out, *options)
+
+
+def note(out: str = "out") -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(Path(out, "finetune.json").read_text())
+    return made
+
+
+def foreign(**fields: Any) -> None:
+    """An adapter as PEFT writes it, that knows nothing of quantisation."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    plain = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    made = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **fields))
+    for name, value in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.05)
+    made.save_pretrained(BARE)
+
+
+def logits(folder: str, adapter: Path | None = None) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter)))(IDS).logits
+
+
+def test_our_adapter_alone_merges_as_its_run_does(finished: Path) -> None:
+    """The folder says what its base was held as, and which base it was."""
+    awake(OUTPUT / "adapter")
+    shutil.copytree(OUTPUT / "adapter", BARE)
+    assert merge_run("--base", "replayed").code == 0
+    shutil.rmtree("runs")
+    said = merge("--base", "replayed")
+    assert (said.code, said.err) == (0, "")
+    assert load_file("out/model.safetensors").keys() == load_file(MERGED / "model.safetensors").keys()
+    assert Path("out/model.safetensors").read_bytes() == (MERGED / "model.safetensors").read_bytes()
+    assert note()["quantised_as"] == "nf4"
+    assert (note()["base"], note()["adapter_sha256"]) == (note("merged")["base"], note("merged")["adapter_sha256"])
+
+
+def test_an_adapter_of_peft_merges_as_peft_does(work: Path) -> None:
+    foreign(target_modules=["q_proj", "down_proj"], use_rslora=True)
+    said = merge()
+    assert (said.code, said.err) == (0, "")
+    assert (note()["base_choice"], note()["quantised_as"], note()["choices"]) == ("replayed", "bf16", {})
+    wanted = logits("base", BARE)
+    assert float((logits("out") - wanted).abs().max()) < 0.05 < float((logits("base") - wanted).abs().max())
+
+
+def test_what_an_adapter_does_not_say_can_be_said(work: Path, build_tiny: Callable[..., Path]) -> None:
+    shutil.rmtree("base")
+    build_tiny(Path("base"), dtype="float32")
+    foreign(target_modules=["q_proj"])
+    config = json.loads((BARE / "adapter_config.json").read_text())
+    (BARE / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    said = merge()
+    assert said.code == 4
+    assert "this adapter names no base" in said.err
+    said = merge("--model", "base", "--quantised-as", "nf4", "--rows", "eval.jsonl")
+    assert (said.code, said.err) == (0, "")
+    assert set(note()["choices"]) == {"live", "replayed", "original"}
+    assert note()["quantised_as"] == ("nf4" if note()["base_choice"] == "replayed" else None)
+
+
+def test_what_is_not_what_it_belongs_to_is_refused(finished: Path) -> None:
+    shutil.copytree(OUTPUT / "adapter", BARE)
+    assert "--rows" in merge("--rows", "nowhere.jsonl").err or merge("--rows", "nowhere.jsonl").code == 3
+    weights = load_file("base/model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, "base/model.safetensors", {"format": "pt"})
+    said = merge()
+    assert said.code == 4
+    assert "the base is not the one that this adapter was trained on" in said.err
+    assert merge("--model", "no/such").code == 4
+    assert not Path("out").exists()
+
+
+def test_a_merged_model_is_not_merged_again(finished: Path) -> None:
+    assert merge_run().code == 0
+    said = merge(folder=MERGED)
+    assert said.code == 4
+    assert f"the adapter {runs.adapter_digest()[:12]} is merged into it already" in said.err
+    assert "this is a model, not an adapter" in merge(folder=Path("base")).err
+    said = merge("--quantised-as", "fp4", folder=OUTPUT)
+    assert "quantised-as is for a bare adapter" in said.err
+    assert not Path("out").exists()
+
+
+def test_the_probes_fit_every_base(work: Path) -> None:
+    from finetune import base as bases
+
+    rows = trained.rows_for(bases.inspect(Path("base")), None)
+    assert len(rows) == 6
+    assert all(sum(row.supervised) == len(row.ids) - 1 for row in rows)
+    Path("long.jsonl").write_text(json.dumps(runs.chat("x" * 5000, "y")) + "\n")
+    with pytest.raises(ModelError, match="no row fits"):
+        trained.rows_for(bases.inspect(Path("base")), Path("long.jsonl"))

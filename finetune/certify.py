@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from finetune import base as bases
 from finetune import merge as merging
 from finetune.base import Base
 from finetune.checkpoint import Checkpoint
-from finetune.errors import EnvironmentFault, FinetuneError
+from finetune.errors import EnvironmentFault, FinetuneError, ModelError
 from finetune.loading import BaseForm
 from finetune.merge import FoldPlan
 from finetune.runfolder import json_bytes, read_json, remove, write_atomic, write_synced
@@ -37,18 +37,37 @@ KEPT = ("*.safetensors", _MEASURED)
 """What a merge that was killed need not do again: whole shards, and what the choices of a base were measured as."""
 
 
-def merge(given: Trained, out: Path, choice: str, terminal: Terminal, layout: str = "native") -> dict[str, Any]:
-    """Fold the adapter into the base, load the result from the disk, and prove that it is the trained model.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What kind of merge. ``base``: replayed (as it was trained against), original (as published), or auto, what is
+    measured to be nearer to the live model; ``correct``: the rank at which the published base is corrected towards
+    the other, 0 for not at all; ``layout``: native or original."""
 
-    ``choice``: replayed (the base as it was trained against), original (as published), or auto: what is measured to be
-    nearer to the live model.
-    """
-    layouts.refuse_impossible(given.base, layout)
+    base: str = "auto"
+    correct: int = 0
+    layout: str = "native"
+
+    def choices(self) -> list[str]:
+        """The merges that come into question."""
+        first = ["replayed"] if self.base != "original" else []
+        if self.base == "replayed":
+            return first
+        return [*first, *(["original"] if self.base == "auto" or not self.correct else []),
+                *(["corrected"] if self.correct else [])]  # fmt: skip
+
+
+def merge(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> dict[str, Any]:
+    """Fold the adapter into the base, load the result from the disk, and prove that it is the trained model."""
+    layouts.refuse_impossible(given.base, asked.layout)
+    if asked.correct and (asked.base == "replayed" or not given.is_quantised()):
+        what = "there is nothing to correct: the base is the one that was trained against"
+        raise ModelError(what, "--correct", "leave it out")
     if out.exists():
         digest = manifest.digest(given.folder / checkpoint.ADAPTER)
-        return _already(out, {"adapter_sha256": digest, "base_asked": choice, "layout": layout}, terminal)
-    with unfinished.folder(out, made_of(given, choice, layout), KEPT) as temporary:
-        note, reason = make(given, (temporary, layout), choice, terminal)
+        wanted = {"adapter_sha256": digest, "layout": asked.layout, "correct_rank": asked.correct}
+        return _already(out, wanted, asked.base, terminal)
+    with unfinished.folder(out, made_of(given, asked), KEPT) as temporary:
+        note, reason = make(given, temporary, asked, terminal)
         manifest.write(temporary, manifest.digests(temporary))
     if reason:
         raise FinetuneError(reason, str(out), "the folder is marked unusable (config.json.unusable)")
@@ -57,72 +76,74 @@ def merge(given: Trained, out: Path, choice: str, terminal: Terminal, layout: st
     return note
 
 
-def made_of(given: Trained, choice: str, layout: str) -> dict[str, Any]:
+def made_of(given: Trained, asked: Asked) -> dict[str, Any]:
     """What decides every byte of the merged weights."""
     adapter, form = manifest.digest(given.folder / checkpoint.ADAPTER), asdict(given.form)
-    asked = {"choice": choice, "layout": layout, "rope": given.rope}
-    return {"adapter": adapter, "base": dict(given.sha256), "form": form, "by": __version__} | asked
+    made = {"adapter": adapter, "base": dict(given.sha256), "form": form, "rope": given.rope, "by": __version__}
+    return made | asdict(asked)
 
 
-def make(given: Trained, to: tuple[Path, str], choice: str, terminal: Terminal) -> tuple[dict[str, Any], str]:
-    """The merged model and its proof, in the folder and layout ``to``; → what was done, and why it does not hold.
+def make(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> tuple[dict[str, Any], str]:
+    """The merged model and its proof, in the folder ``out``; → what was done, and why it does not hold.
 
     What a killed merge has finished in that folder (``KEPT``) is taken over.
     """
-    _check_room(to[0], bases.stored_bytes(given.base.tensors))
+    _check_room(out, bases.stored_bytes(given.base.tensors))
     policy = given.live()
     expected = proof.distributions(policy, given.rows)
     del policy
     gc.collect()
     trained = checkpoint.read_adapter(given.folder)
+    possible = asked.choices()
     choices: dict[str, dict[str, float]] = {}
-    if choice == "auto" and given.is_quantised():
-        choices = read_json(to[0] / _MEASURED) or _measured(given, expected, trained)
-        write_atomic(to[0] / _MEASURED, json_bytes(choices))
-    taken = min(choices, key=lambda name: choices[name]["mean_kl"]) if choices else _plain(choice)
+    if len(possible) > 1 and given.is_quantised():
+        choices = read_json(out / _MEASURED) or _measured(given, expected, trained, asked)
+        write_atomic(out / _MEASURED, json_bytes(choices))
+    taken = min(choices, key=lambda name: choices[name]["mean_kl"]) if choices else possible[0]
     if choices:
         choices["live"] = {"loss": proof.loss(expected, given.rows)}
         for line in _table(choices, taken, len(expected)):
             terminal.say(line)
-    folding = merging.make_plan(given.base, given.form, trained.weights, trained.config, replayed=taken == "replayed")
-    found = _write_merged(given, folding, trained.weights, to, terminal)
-    judged = _judge_merged(given, to[0], expected, taken, terminal)
+    found = _write_merged(given, _plan(given, trained, taken, asked), trained.weights, (out, asked.layout), terminal)
+    judged = _judge_merged(given, out, expected, taken, terminal)
     note = {
         "adapter_sha256": manifest.digest(given.folder / checkpoint.ADAPTER),
         "base": {"name": given.name, "commit": given.commit, "sha256": dict(given.sha256)},
-        "base_asked": choice,
+        "base_asked": asked.base,
         "base_choice": taken,
+        "correct_rank": asked.correct,
         "choices": choices,
-        "layout": to[1],
+        "layout": asked.layout,
         "rope": given.rope,
         "quantised_as": given.form.weights if taken == "replayed" else None,
         "folded_tensors": found,
         "proof": judged["proof"].to_dict(),
     }
-    remove(to[0] / _MEASURED)
-    write_synced(to[0] / PROVENANCE, json_bytes(note))
+    remove(out / _MEASURED)
+    write_synced(out / PROVENANCE, json_bytes(note))
     if not judged["holds"]:
-        proof.mark_unusable(to[0])
+        proof.mark_unusable(out)
     return note, judged["reason"]
 
 
-def _plain(choice: str) -> str:
-    return "replayed" if choice == "auto" else choice
+def _plan(given: Trained, trained: Checkpoint, choice: str, asked: Asked) -> FoldPlan:
+    return merging.make_plan(
+        given.base, given.form, trained.weights, trained.config, replayed=choice == "replayed",
+        correct=asked.correct if choice == "corrected" else 0,
+    )  # fmt: skip
 
 
-def _measured(given: Trained, expected: Any, trained: Checkpoint) -> dict[str, dict[str, float]]:
+def _measured(given: Trained, expected: Any, trained: Checkpoint, asked: Asked) -> dict[str, dict[str, float]]:
     """Loss and mean KL to the live model of each merge, without writing either: tensors are folded as they are read."""
     found = {}
     form = replace(given.form, weights=given.form.compute, double=False)
-    for name in ("replayed", "original"):
-        plan = merging.make_plan(given.base, given.form, trained.weights, trained.config, replayed=name == "replayed")
-        change = merging.Merged(plan=plan, weights=trained.weights).whole
-        fits = _fits(given.base, form)
-        policy = (model.load_base if fits else model.stream_base)(given.base, form, change=change)
+    for name in asked.choices():
+        change = merging.Merged(plan=_plan(given, trained, name, asked), weights=trained.weights).whole
+        whole = fits(given.base, form)
+        policy = (model.load_base if whole else model.stream_base)(given.base, form, change=change)
         answers = proof.distributions(policy, given.rows)
-        found[name] = {
-            "loss": proof.loss(answers, given.rows), "mean_kl": proof.compare(expected, answers, name).mean_kl,
-        }  # fmt: skip
+        mean_kl = proof.compare(expected, answers, proof.MEAN_KL[name]).mean_kl
+        found[name] = {"loss": proof.loss(answers, given.rows), "mean_kl": mean_kl}
         del policy
         gc.collect()
     return found
@@ -135,8 +156,11 @@ def _table(choices: dict[str, dict[str, float]], taken: str, positions: int) -> 
         "live": "(adapter on the live base)",
         "replayed": "base as trained against",
         "original": "base as published",
+        "corrected": "the same, corrected",
     }
     for key, name in names.items():
+        if key not in choices:
+            continue
         kl = f"{choices[key]['mean_kl']:.1e}" if "mean_kl" in choices[key] else "-"
         lines.append(f"{name:<28}{choices[key]['loss']:>9.4f}{kl:>18}{'  ← taken' if key == taken else ''}")
     return lines
@@ -155,17 +179,17 @@ def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, term
     """Load the folder as anyone would, compare with the live model, and score the held-out rows."""
     merged, compute = bases.inspect(folder), given.form.compute
     form = BaseForm(weights=compute, double=False, compute=compute, device=given.form.device)
-    fits = _fits(merged, form)
-    policy = model.load_base(merged, form) if fits else model.stream_base(merged, form)
-    compared = proof.compare(expected, proof.distributions(policy, given.rows), choice)
+    whole = fits(merged, form)
+    policy = model.load_base(merged, form) if whole else model.stream_base(merged, form)
+    compared = proof.compare(expected, proof.distributions(policy, given.rows), proof.MEAN_KL[choice])
     result = {"proof": compared, "holds": compared.holds, "reason": ""}
     if not compared.holds:
         result["reason"] = f"the merged model differs: mean KL {compared.mean_kl:.2e} nats, bound {compared.bound:.0e}"
         return result
     held_out = given.run.prepared.held_out if given.run else None
-    if not fits:
+    if not whole:
         terminal.say("the merged model does not fit this machine: compared layer by layer, its rows are not scored")
-    if given.run is None or held_out is None or not fits:
+    if given.run is None or held_out is None or not whole:
         return result
     bars: dict[str, Progress] = {}
 
@@ -185,16 +209,16 @@ def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, term
     return result
 
 
-def _fits(merged: Base, form: BaseForm) -> bool:
+def fits(merged: Base, form: BaseForm) -> bool:
     """Whether the merged model can be held here, with room to answer."""
     size = budget.weight_bytes(form.weights, form.double, form.compute, merged.shape)
     return size + 2e9 < hardware.detect().free_memory * budget.USABLE
 
 
-def _already(out: Path, wanted: dict[str, str], terminal: Terminal) -> dict[str, Any]:
+def _already(out: Path, wanted: dict[str, Any], base: str, terminal: Terminal) -> dict[str, Any]:
     """The same merge again changes nothing; anything else in the way is refused."""
     note = read_json(out / PROVENANCE) if out.is_dir() else None
-    asked = isinstance(note, dict) and wanted.pop("base_asked") in (note.get("base_asked"), note.get("base_choice"))
+    asked = isinstance(note, dict) and base in (note.get("base_asked"), note.get("base_choice"))
     same = isinstance(note, dict) and asked and all(note.get(key) == value for key, value in wanted.items())
     if isinstance(note, dict) and same and note["proof"]["holds"] and not manifest.faults(out):
         terminal.say(f"{out} is this adapter's merge already: nothing to do")

@@ -38,7 +38,7 @@ def write(base: Base, out: Path, layout: str, *, trained: bool = False) -> None:
         if trained:
             _say_chat(out)
     else:
-        _write_native(base, out)
+        _write_native(base, out, trained)
 
 
 def refuse_impossible(base: Base, layout: str) -> None:
@@ -51,10 +51,10 @@ def refuse_impossible(base: Base, layout: str) -> None:
         raise ModelError(what, str(base.folder), "write the original layout (--layout original)")
 
 
-def _write_native(base: Base, out: Path) -> None:
+def _write_native(base: Base, out: Path, trained: bool) -> None:
     config = {key: value for key, value in base.config.items() if key not in ("auto_map", "logn_from")}
     write_synced(out / "config.json", json_bytes(config))
-    write_synced(out / "generation_config.json", json_bytes(generation(base)))
+    write_synced(out / "generation_config.json", json_bytes(generation(base, trained=trained)))
     taken = _ORIGINAL_ONLY if base.layout == "original" else set()
     for path in _small_files(base.folder):
         if path.name not in _NOT_COPIED | taken:
@@ -112,8 +112,11 @@ def is_chat(base: Base) -> bool:
     return isinstance(stored, dict) and stored.get("chat_format") == "chatml"
 
 
-def generation(base: Base) -> dict[str, Any]:
-    """How the model is asked and where it ends: the family's stop token always, then what the folder names."""
+def generation(base: Base, *, trained: bool = False) -> dict[str, Any]:
+    """How the model is asked and where it ends: the family's stop token first, then what the folder names.
+
+    An original base that was published for plain text ends where its folder says, until it is ``trained`` to talk.
+    """
     stored = read_json(base.folder / "generation_config.json")
     stored = stored if isinstance(stored, dict) else {}
     if base.layout == "original":
@@ -125,7 +128,7 @@ def generation(base: Base) -> dict[str, Any]:
     ends = stored.get("eos_token_id", [])
     ends = ends if isinstance(ends, list) else [ends]
     stop = stop_id(base)
-    if stop is not None and (base.layout != "original" or is_chat(base)):
+    if stop is not None and (trained or base.layout != "original" or is_chat(base)):
         ends = [stop, *[end for end in ends if end != stop]]
     return stored | ({"eos_token_id": ends} if ends else {})
 

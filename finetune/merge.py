@@ -14,7 +14,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,18 @@ from finetune.shards import TORCH_DTYPES, Rows
 
 _PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
+Pair = tuple[torch.Tensor, torch.Tensor]
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
     """What happens to one base tensor. ``replay``: rounded first as it was in training, quantised and dequantised;
-    ``rows``: the adapter tensor that takes the place of the rows ``row_ids``."""
+    ``correct``: that rounding is added instead, by its nearest update of so low a rank; ``rows``: the adapter tensor
+    that takes the place of the rows ``row_ids``."""
 
     replay: bool = False
+    correct: int = 0
     lora_a: str = ""
     lora_b: str = ""
     magnitude: str = ""
@@ -62,13 +65,16 @@ class FoldPlan:
         whole = sum(bool(fold.replacement) for fold in self.folds.values())
         first = f"{folded} tensors get their LoRA update, {whole} are replaced whole"
         base = f"{replayed} are replayed as {self.form.weights}" if self.replayed else "the base is taken as published"
-        return [f"{first}; {base}"]
+        rank = max((fold.correct for fold in self.folds.values()), default=0)
+        more = f", with a rank-{rank} correction towards {self.form.weights}" if rank else ""
+        return [f"{first}; {base}{more}"]
 
 
 def make_plan(
-    base: Base, form: BaseForm, weights: dict[str, torch.Tensor], config: dict[str, Any], *, replayed: bool
-) -> FoldPlan:
-    """Give every adapter tensor its place.
+    base: Base, form: BaseForm, weights: dict[str, torch.Tensor], config: dict[str, Any], *, replayed: bool,
+    correct: int = 0,
+) -> FoldPlan:  # fmt: skip
+    """Give every adapter tensor its place. ``correct``: the rank of a correction of a base that is not replayed.
 
     Raises:
         ModelError: adapter tensors that fit no base tensor, with their names.
@@ -89,7 +95,8 @@ def make_plan(
             faults.append(Fault(f"adapter tensor {key} fits no tensor of the base", str(base.folder), "wrong base?"))
     folds = {}
     for name in base.tensors:
-        replay = replayed and bool(re.search(r"\.layers\.\d+\..*_proj\.weight$", name))
+        quantised = bool(re.search(r"\.layers\.\d+\..*_proj\.weight$", name))
+        ground = Fold(replay=quantised and replayed, correct=correct if quantised and not replayed else 0)
         found = parts.get(name, {})
         if "rows" in found:
             folds[name] = Fold(rows=found["rows"], row_ids=_row_ids(name, config))
@@ -99,12 +106,12 @@ def make_plan(
             faults.append(Fault(f"{name} has only half of its LoRA pair", str(sorted(found)), "the adapter is damaged"))
         elif found:
             rank = weights[found["A"]].shape[0]
-            folds[name] = Fold(
-                replay=replay, lora_a=found["A"], lora_b=found["B"], magnitude=found.get("magnitude_vector", ""),
+            folds[name] = replace(
+                ground, lora_a=found["A"], lora_b=found["B"], magnitude=found.get("magnitude_vector", ""),
                 scaling=_scaling(name.removesuffix(".weight"), rank, config),
             )  # fmt: skip
-        elif replay:
-            folds[name] = Fold(replay=True)
+        elif ground != Fold():
+            folds[name] = ground
     if faults:
         raise ModelError.of(faults[:20])
     if not parts:
@@ -141,6 +148,11 @@ def _updated(block: torch.Tensor, rows: slice, fold: Fold, weights: dict[str, to
     return block
 
 
+def _seed(name: str) -> int:
+    """128 bits."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
+
+
 def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
     """fp32 → bf16, up or down at random with the odds of where it lies between: right on average.
 
@@ -150,8 +162,7 @@ def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
     of numpy will change, and which cost a quarter of torch's own.
     """
     bits = value.contiguous().view(torch.int32)
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
-    drawn = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-bits.numel() // 4)).view(np.int16))
+    drawn = torch.from_numpy(np.random.SFC64(_seed(name)).random_raw(-(-bits.numel() // 4)).view(np.int16))
     # One draw of 64 bits is the noise of four values, -2^15 to 2^15 - 1 each.
     noisy = torch.add(bits, drawn[: bits.numel()].view(bits.shape)).add_(1 << 15).bitwise_and_(-(1 << 16))
     return noisy.view(torch.float32).to(torch.bfloat16)
@@ -169,11 +180,13 @@ class Merged:
     def rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A tensor that changes, in row blocks; ``dtype``: that of the base's."""
         fold = self.plan.folds[name]
-        scales = self._scales(rows) if fold.replay else None
+        scales = self._scales(rows) if fold.replay or fold.correct else None
+        correction = self._correction(name, rows, fold.correct, scales) if fold.correct else None
 
         def made(start: int, stop: int) -> torch.Tensor:
-            found = self._folded(rows, slice(start, stop), fold, scales)
-            return dithered(found, f"{name}:{start}") if fold.lora_a and dtype == torch.bfloat16 else found.to(dtype)
+            found = self._folded(rows, slice(start, stop), fold, scales, correction)
+            changed = fold.lora_a or fold.correct
+            return dithered(found, f"{name}:{start}") if changed and dtype == torch.bfloat16 else found.to(dtype)
 
         return self._side_by_side(made, rows)
 
@@ -184,17 +197,42 @@ class Merged:
         rows = Rows(shape=tuple(value.shape), read=lambda start, stop: value[start:stop])
         return torch.cat(list(self.rows(name, rows, value.dtype)))
 
-    def _folded(self, rows: Rows, at: slice, fold: Fold, scales: torch.Tensor | None) -> torch.Tensor:
+    def _folded(
+        self, rows: Rows, at: slice, fold: Fold, scales: torch.Tensor | None, correction: Pair | None
+    ) -> torch.Tensor:
         """Rows of a base tensor with their share of the adapter, fp32."""
         if fold.replacement:
             return self.weights[fold.replacement][at].float()
         block = rows.read(at.start, at.stop)
         if fold.replay:
-            block, form = self._held(block), self.plan.form
-            begin = at.start * (block.numel() // len(block)) // four_bit.BLOCK
-            part = None if scales is None else scales[begin : begin - (-block.numel() // four_bit.BLOCK)]
-            block = frozen_linear.replay(block, form.weights, form.double, part)
-        return _updated(block.to(torch.float32, copy=True), at, fold, self.weights)
+            block = self._replayed(block, at.start, scales)
+        block = block.to(torch.float32, copy=True)
+        if correction is not None:
+            block.addmm_(correction[0][at], correction[1])
+        return _updated(block, at, fold, self.weights)
+
+    def _replayed(self, block: torch.Tensor, start: int, scales: torch.Tensor | None) -> torch.Tensor:
+        """Base rows from ``start`` on, as they acted in training."""
+        block, form = self._held(block), self.plan.form
+        begin = start * (block.numel() // len(block)) // four_bit.BLOCK
+        part = None if scales is None else scales[begin : begin - (-block.numel() // four_bit.BLOCK)]
+        return frozen_linear.replay(block, form.weights, form.double, part)
+
+    def _correction(self, name: str, rows: Rows, rank: int, scales: torch.Tensor | None) -> Pair:
+        """Quantisation's change of a matrix, at a low rank: B [out, rank], A [rank, in], fp32.
+
+        Its nearest one (Eckart and Young 1936) by a randomised SVD (Halko et al. 2011, algorithms 4.4 and 5.1), whose
+        draw hangs on the name alone. Holds the matrix in fp32 once.
+        """
+        change = torch.empty(rows.shape)
+        for start, stop in rows.bounds():
+            block = rows.read(start, stop)
+            change[start:stop] = self._replayed(block, start, scales).float() - block.float()
+        rank = min(rank, *rows.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_seed(name) >> 65)
+            u, values, v = torch.svd_lowrank(change, q=min(rank + 8, *rows.shape), niter=2)
+        return u[:, :rank] * values[:rank], v[:, :rank].T.contiguous()
 
     def _held(self, block: torch.Tensor) -> torch.Tensor:
         """Base rows in the dtypes that they went through at loading."""

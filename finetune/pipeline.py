@@ -7,7 +7,7 @@ is told before they are.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +135,21 @@ def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:
     return found
 
 
-def merge(
-    folder: Path, out: Path, choice: str, terminal: Terminal, layout: str = "native", **bare: Any
-) -> dict[str, Any]:
-    """Fold a run's adapter into the base as it was trained against (or as published), and prove the result.
+def merge(folder: Path, out: Path, asked: Mapping[str, Any], terminal: Terminal, **bare: Any) -> dict[str, Any]:
+    """Fold a run's adapter, or a bare one, into the base as it was trained against (or as published), and prove it.
 
-    A bare adapter folder is merged too; ``bare`` as of ``trained.of_adapter``.
+    ``asked`` as of ``certify.Asked``, ``bare`` as of ``trained.of_adapter``.
     """
     from finetune import certify, trained
 
-    return certify.merge(trained.of(folder, terminal, **bare), out, choice, terminal, layout)
+    return certify.merge(trained.of(folder, terminal, **bare), out, certify.Asked(**asked), terminal)
+
+
+def prove(first: str, second: str, terminal: Terminal, rows: Path | None, bound: float | None) -> dict[str, Any]:
+    """Compare two models' answers at the same positions."""
+    from finetune import prove as proving
+
+    return proving.prove(first, second, terminal, rows=rows, bound=proving.BOUND if bound is None else bound)
 
 
 def blend(
@@ -158,21 +163,29 @@ def blend(
     blending.blend(blending.parse(words), out, terminal, options)
 
 
-def export(run: Path, out: Path, to: str, target: str, terminal: Terminal) -> None:
+def export(
+    run: Path, out: Path, to: str, terminal: Terminal, *, target: str, quantise: str | None, adapter_only: bool
+) -> None:
     """Write a run's result for another program."""
-    if to != "adapter":
-        merge(run, out, "auto", terminal, "native" if to == "huggingface" else to)
+    if to in ("huggingface", "original"):
+        merge(run, out, {"layout": "native" if to == "huggingface" else to}, terminal)
         return
     from finetune import export as exporting
 
-    exporting.adapter_for(run, out, target, terminal)
+    if to == "adapter":
+        exporting.adapter_for(run, out, target, terminal)
+    elif to == "gguf":
+        exporting.gguf_for(run, out, quantise, terminal, adapter_only=adapter_only)
+    else:
+        exporting.ollama_for(run, out, quantise, terminal)
 
 
-def release(run: Path, out: Path, what: str, terminal: Terminal, **how: Any) -> None:
-    """Make the folder that one publishes of a finished run; ``how`` as of ``release.release``."""
+def release(run: Path, out: Path, what: str, asked: Mapping[str, Any], terminal: Terminal, **how: Any) -> None:
+    """Make the folder that one publishes of a finished run; ``asked`` as of a merge, ``how`` as of the release."""
+    from finetune import certify
     from finetune import release as releasing
 
-    releasing.release(run, out, what, terminal, **how)
+    releasing.release(run, out, what, terminal, asked=certify.Asked(**asked), **how)
 
 
 def push(folder: Path, repo: str, terminal: Terminal, **how: Any) -> None:

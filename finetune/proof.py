@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from finetune.dataset import Example
     from finetune.model import Policy
 
-MEAN_KL = {"replayed": 1e-3, "original": 0.1}
+MEAN_KL = {"replayed": 1e-3, "original": 0.1, "corrected": 0.1}
 """The bounds. Into the published weights of a 4-bit run the model moves by design; then only nonsense is refused."""
 UNUSABLE = "config.json.unusable"
-_POSITIONS = 512
+POSITIONS = 512
 _TOKENS = 4096
 
 
@@ -54,7 +54,12 @@ def distributions(policy: Policy, examples: Sequence[Example]) -> torch.Tensor:
             hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
             logits = wide(policy.head(hidden[batch.predictors]))
             found.append(logits.log_softmax(dim=-1).cpu())
-    return torch.cat(found)[:_POSITIONS]
+    return torch.cat(found)[:POSITIONS]
+
+
+def asked(examples: Sequence[Example]) -> list[Example]:
+    """The examples whose positions are compared."""
+    return [example for batch in _batches(examples) for example in batch]
 
 
 def _batches(examples: Sequence[Example]) -> list[list[Example]]:
@@ -62,7 +67,7 @@ def _batches(examples: Sequence[Example]) -> list[list[Example]]:
     batches: list[list[Example]] = []
     tokens = count = 0
     for example in examples:
-        if count >= _POSITIONS:
+        if count >= POSITIONS:
             break
         if not batches or tokens + len(example.ids) > _TOKENS:
             batches.append([])
@@ -79,8 +84,8 @@ def loss(answers: torch.Tensor, examples: Sequence[Example]) -> float:
     return float(-answers.gather(1, targets[:, None].cpu()).mean(dtype=torch.float64))
 
 
-def compare(live: torch.Tensor, merged: torch.Tensor, choice: str) -> Proof:
-    """KL(live ‖ merged) per position. Both [positions, vocabulary] log-probabilities."""
+def compare(live: torch.Tensor, merged: torch.Tensor, bound: float) -> Proof:
+    """KL(live ‖ merged) per position. Both [positions, vocabulary] log-probabilities; ``bound``: of the mean."""
     divergence = (live.exp() * (live - merged)).sum(dim=-1)
     mean = float(divergence.mean())
     return Proof(
@@ -88,7 +93,7 @@ def compare(live: torch.Tensor, merged: torch.Tensor, choice: str) -> Proof:
         max_kl=float(divergence.max()) if mean == mean else float("inf"),
         agreement=float((live.argmax(-1) == merged.argmax(-1)).float().mean()),
         positions=len(live),
-        bound=MEAN_KL[choice],
+        bound=bound,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune import certify, checkpoint, gather, layouts, manifest, scores, seal, terms, trained, unfinished, verify
 from finetune.card import Card
+from finetune.certify import Asked
 from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.prepare import Prepared
 from finetune.recipe import flatten, yamlfile
@@ -25,13 +26,13 @@ _ADAPTER = (checkpoint.ADAPTER, checkpoint.CONFIG, checkpoint.PROVENANCE)
 
 
 def release(
-    run: Path, out: Path, what: str, terminal: Terminal, *, choice: str = "auto", layout: str = "native",
+    run: Path, out: Path, what: str, terminal: Terminal, *, asked: Asked,
     data_licence: str | None = None, allow_unknown: bool = False, key: Path | None = None,
 ) -> None:  # fmt: skip
     """Make the release ``out`` of a finished run.
 
     Args:
-        what: merged, adapter or both. choice, layout: as of a merge.
+        what: merged, adapter or both. asked: the kind of merge.
         data_licence: the licence of the data, where no text beside it says it.
         key: the private key to sign with.
 
@@ -45,25 +46,25 @@ def release(
     found = terms.find(given.base, prepared.recipe.model, gather.training_sources(prepared.recipe), data_licence)
     terms.refuse(found, allow_unknown=allow_unknown)
     parts = PARTS[what]
-    made_of = certify.made_of(given, choice, layout) | {
+    made_of = certify.made_of(given, asked) | {
         "parts": parts, "data_licence": data_licence, "signed": key is not None,
     }  # fmt: skip
-    asked = manifest.digest_bytes(json_bytes(made_of))
+    digest = manifest.digest_bytes(json_bytes(made_of))
     if out.exists():
-        _refuse_other(out, asked)
+        _refuse_other(out, digest)
         terminal.say(f"{out} is this release already: nothing to do")
         return
     with unfinished.folder(out, made_of, certify.KEPT) as temporary:
         merged: dict[str, Any] = {}
         if "merged" in parts:
-            merged, reason = certify.make(given, (temporary, layout), choice, terminal)
+            merged, reason = certify.make(given, temporary, asked, terminal)
             if reason:
                 raise FinetuneError(reason, str(out), "nothing was released")
         if "adapter" in parts:
             _copy_adapter(files, temporary if parts == ("adapter",) else temporary / "adapter")
         if parts == ("adapter",):
             layouts.copy_tokenizer(given.base, temporary)
-        _describe(prepared, files, (temporary, out.name), parts, found, {**merged, "asked": asked})
+        _describe(prepared, files, (temporary, out.name), parts, found, {**merged, "asked": digest})
         if key is not None:
             seal.sign(temporary, key)
     terminal.say(f"release: {out}   check it: finetune verify {out}, or sha256sum -c SHA256SUMS inside it")
@@ -120,6 +121,7 @@ def _changes(base: str, parts: tuple[str, ...], merged: dict[str, Any]) -> list[
     lines = []
     if "merged" in parts:
         said = "as it was quantised for training" if merged["base_choice"] == "replayed" else "as published"
+        said += ", corrected towards the quantised form" if merged["base_choice"] == "corrected" else ""
         lines.append(f"a LoRA adapter was trained on {base} and folded into its weights, {said}: *.safetensors")
         lines.append("config.json and generation_config.json name what this model needs; other files are the base's")
     if "adapter" in parts:

@@ -1,7 +1,8 @@
-"""The verbs that ship: merge, export, release, push, verify, convert. Imports no torch."""
+"""The verbs that ship: merge, prove, export, release, push, verify, convert. Imports no torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,13 @@ from typing import Annotated
 import typer
 
 from finetune.errors import EnvironmentFault, Fault, FinetuneError, ModelError
-from finetune.options import RunPath
+from finetune.options import RunPath, silent
 from finetune.terminal import Terminal
 
 _BASES, _LAYOUTS = ("auto", "replayed", "original"), ("native", "original")
-_EXPORTS = ("adapter", "huggingface", "original")
+_EXPORTS = ("adapter", "huggingface", "gguf", "ollama", "original")
+_OF = {"--target": ("adapter",), "--quantize": ("gguf", "ollama"), "--adapter-only": ("gguf",)}
+"""Options of an export, and what they belong to."""
 
 
 def merge(
@@ -34,6 +37,9 @@ def merge(
     layout: Annotated[
         str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")
     ] = "native",
+    correct: Annotated[
+        int, typer.Option("--correct", help="correct the published base towards the quantised one at this rank", min=0)
+    ] = 0,
     method: Annotated[
         str,
         typer.Option(
@@ -67,7 +73,25 @@ def merge(
         pipeline.blend(runs, out, Terminal(), method, density, seed, rank)
         return
     bare = {"name": model, "quantised_as": quantised_as, "rows": rows}
-    pipeline.merge(Path(runs[0]), out, base, Terminal(), layout, **bare)
+    asked = {"base": base, "layout": layout, "correct": correct}
+    pipeline.merge(Path(runs[0]), out, asked, Terminal(), **bare)
+
+
+def prove(
+    first: Annotated[str, typer.Argument(help="a run, an adapter, a model or a .gguf file", show_default=False)],
+    second: Annotated[str, typer.Argument(help="another one", show_default=False)],
+    rows: Annotated[Path | None, typer.Option("--rows", help="a data file to ask; else a run's held-out rows")] = None,
+    bound: Annotated[
+        float | None, typer.Option("--bound", help="the largest mean KL in nats that passes (default 0.001)", min=0)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
+) -> None:
+    """Do two models answer alike? Exit 1 where they do not."""
+    from finetune import pipeline
+
+    found = pipeline.prove(first, second, silent() if as_json else Terminal(), rows, bound)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
 
 
 def _one_of(word: str, legal: Sequence[str], option: str) -> None:
@@ -77,16 +101,28 @@ def _one_of(word: str, legal: Sequence[str], option: str) -> None:
 
 def export(
     run: RunPath,
-    out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
-    to: Annotated[str, typer.Option("--to", help="adapter, huggingface or original")] = "adapter",
-    target: Annotated[str, typer.Option("--target", help="who is to load an adapter: peft or vllm")] = "peft",
+    out: Annotated[Path, typer.Option("--out", help="the folder (gguf: the file) to write, which must not exist")],
+    to: Annotated[str, typer.Option("--to", help="adapter, huggingface, gguf, ollama or original")] = "adapter",
+    target: Annotated[
+        str | None, typer.Option("--target", help="who is to load an adapter: peft (default) or vllm")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="of a GGUF's weights: q4_k_m, q5_k_m, q6_k, q8_0, f16, …")
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="of a GGUF: the adapter without its base")
+    ] = False,
 ) -> None:
-    """Write a run's result for another program: a plain LoRA adapter, or the merged model in a layout."""
+    """Write a run's result for another program: a plain LoRA adapter, or the merged model in a layout or as GGUF."""
     _one_of(to, _EXPORTS, "--to")
-    _one_of(target, ("peft", "vllm"), "--target")
+    _one_of(target or "peft", ("peft", "vllm"), "--target")
+    given = {"--target": target, "--quantize": quantize, "--adapter-only": adapter_only or None}
+    for option, value in given.items():
+        if value is not None and to not in _OF[option]:
+            raise typer.BadParameter(f"is of --to {' or '.join(_OF[option])}", param_hint=option)
     from finetune import pipeline
 
-    pipeline.export(run, out, to, target, Terminal())
+    pipeline.export(run, out, to, Terminal(), target=target or "peft", quantise=quantize, adapter_only=adapter_only)
 
 
 def release(
@@ -110,8 +146,8 @@ def release(
     from finetune import pipeline
 
     pipeline.release(
-        run, out, what, Terminal(), choice=base, layout=layout, data_licence=data_licence, allow_unknown=allow_unknown,
-        key=key,
+        run, out, what, {"base": base, "layout": layout}, Terminal(), data_licence=data_licence,
+        allow_unknown=allow_unknown, key=key,
     )  # fmt: skip
 
 
@@ -161,4 +197,4 @@ def convert(
     pipeline.convert(source, out, to, Terminal())
 
 
-VERBS = (merge, export, release, push, verify, convert)
+VERBS = (merge, prove, export, release, push, verify, convert)

@@ -18,7 +18,7 @@ def _random(positions: int, vocabulary: int, seed: int) -> torch.Tensor:
 
 def test_kl_is_its_definition() -> None:
     live, merged = _random(7, 11, 0), _random(7, 11, 1)
-    found = proof.compare(live, merged, "replayed")
+    found = proof.compare(live, merged, proof.MEAN_KL["replayed"])
     each = [
         sum(float(p.exp() * (p - q)) for p, q in zip(*rows, strict=True)) for rows in zip(live, merged, strict=True)
     ]
@@ -32,7 +32,7 @@ def test_kl_is_its_definition() -> None:
 
 def test_the_same_model_holds() -> None:
     live = _random(5, 9, 0)
-    found = proof.compare(live, live.clone(), "replayed")
+    found = proof.compare(live, live.clone(), proof.MEAN_KL["replayed"])
     assert (found.mean_kl, found.max_kl, found.agreement, found.holds) == (0.0, 0.0, 1.0, True)
     assert found.to_dict()["holds"] is True
 
@@ -42,7 +42,7 @@ def test_a_merged_model_that_gives_no_numbers_does_not_hold(bad: float) -> None:
     live, merged = _random(5, 9, 0), _random(5, 9, 0)
     merged[3, 2] = bad
     for choice in proof.MEAN_KL:
-        assert not proof.compare(live, merged, choice).holds
+        assert not proof.compare(live, merged, proof.MEAN_KL[choice]).holds
 
 
 def test_distributions_are_those_of_a_plain_forward(tiny_base: Path) -> None:

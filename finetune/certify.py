@@ -116,7 +116,7 @@ def make(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> tuple[d
         "layout": asked.layout,
         "rope": given.rope,
         "quantised_as": given.form.weights if taken == "replayed" else None,
-        "folded_tensors": found,
+        **found,
         "proof": judged["proof"].to_dict(),
     }
     remove(out / _MEASURED)
@@ -138,7 +138,7 @@ def _measured(given: Trained, expected: Any, trained: Checkpoint, asked: Asked) 
     found = {}
     form = replace(given.form, weights=given.form.compute, double=False)
     for name in asked.choices():
-        change = merging.Merged(plan=_plan(given, trained, name, asked), weights=trained.weights).whole
+        change = _plan(given, trained, name, asked).folding(trained.weights).whole
         whole = fits(given.base, form)
         policy = (model.load_base if whole else model.stream_base)(given.base, form, change=change)
         answers = proof.distributions(policy, given.rows)
@@ -166,13 +166,20 @@ def _table(choices: dict[str, dict[str, float]], taken: str, positions: int) -> 
     return lines
 
 
-def _write_merged(given: Trained, folding: FoldPlan, weights: Any, to: tuple[Path, str], terminal: Terminal) -> int:
+def _write_merged(
+    given: Trained, plan: FoldPlan, weights: Any, to: tuple[Path, str], terminal: Terminal
+) -> dict[str, Any]:
     out, layout = to
-    for line in folding.lines():
+    for line in plan.lines():
         terminal.say(line)
-    merging.apply(folding, given.base, weights, out, layout, Progress(terminal, "folding tensor"))
+    changes = merging.apply(plan, given.base, weights, out, layout, Progress(terminal, "folding tensor"))
     layouts.write(given.base, out, layout, trained=True)  # last: a folder without its config loads nowhere
-    return sum(bool(fold.lora_a or fold.replacement or fold.rows) for fold in folding.folds.values())
+    if changes:
+        sizes = sorted(changes.values())
+        middle = sizes[len(sizes) // 2]
+        terminal.say(f"tensors change by {sizes[0]:.2%} to {sizes[-1]:.2%} of their norm, half by {middle:.2%} or less")
+    count = sum(bool(fold.lora_a or fold.replacement or fold.rows) for fold in plan.folds.values())
+    return {"folded_tensors": count, "relative_changes": dict(sorted(changes.items()))}
 
 
 def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, terminal: Terminal) -> dict[str, Any]:

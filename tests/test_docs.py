@@ -92,11 +92,12 @@ def test_tests_mirror_the_package() -> None:
         "known_models": "test_base", "errors": "test_cli", "finished": "test_merge_run",
         "certify": "test_merge_run", "train": "test_run", "records": "test_datacheck",
         "adapter_file": "test_adapter_layout", "metrics": "test_run", "tokenizer": "test_base",
-        "layouts": "test_convert", "unpickle": "test_pickles", "headers": "test_base", "gather": "test_dataset",
-        "look": "test_datashow", "samples": "test_store", "messages": "formats/test_chat",
-        "rowcheck": "test_conversation", "datacli": "test_datacheck", "card": "test_release",
-        "shipcli": "test_cli", "export": "test_release", "upload": "test_push", "llamaruntime": "test_prove",
-        "terms": "test_release", "signature": "test_verify", "options": "test_cli",
+        "layouts": "test_convert", "unpickle": "test_pickles", "headers": "test_base", "fold": "test_merge",
+        "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
+        "messages": "formats/test_chat", "rowcheck": "test_conversation", "datacli": "test_datacheck",
+        "card": "test_release", "shipcli": "test_cli", "export": "test_release", "upload": "test_push",
+        "llamaruntime": "test_prove", "terms": "test_release", "signature": "test_verify",
+        "options": "test_cli",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

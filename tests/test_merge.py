@@ -16,9 +16,9 @@ from finetune import base as bases
 from finetune import finished, loading, merge, model, proof, shards
 from finetune.base import Base
 from finetune.errors import ModelError
+from finetune.fold import Fold, Folding, dithered
 from finetune.kernels import frozen_linear
 from finetune.loading import BaseForm
-from finetune.merge import Fold, FoldPlan
 from finetune.model import Policy
 from finetune.shards import Rows
 from finetune.terminal import Terminal
@@ -231,9 +231,9 @@ def test_the_replayed_weight_is_the_loaded_one(
 
 def _folded(base: torch.Tensor, fold: Fold, form: BaseForm, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     """A tensor as it is folded before it is rounded."""
-    merged = merge.Merged(plan=FoldPlan(folds={"x": fold}, form=form, replayed=True), weights=weights)
+    folding = Folding(folds={"x": fold}, form=form, weights=weights)
     rows = Rows(shape=tuple(base.shape), read=lambda start, stop: base[start:stop])
-    return torch.cat(list(merged.rows("x", rows, torch.float32)))
+    return torch.cat(list(folding.rows("x", rows, torch.float32)))
 
 
 @pytest.mark.parametrize("weights", ["nf4", "fp4", "int8", "bf16"])
@@ -280,14 +280,14 @@ def test_an_update_below_a_step_of_bf16_is_not_swallowed() -> None:
 
     assert kept(wanted.bfloat16()) < 0.8
 
-    found = merge.dithered(wanted, "model.layers.0.mlp.up_proj.weight")
+    found = dithered(wanted, "model.layers.0.mlp.up_proj.weight")
     assert abs(kept(found) - 1) < 0.02
     # Neighbours only, the same bytes each time, and what is on the grid stays.
     step = (wanted.bfloat16().float().abs() * 2**-7).clamp(min=1e-30)
     assert bool(((found.float() - wanted).abs() <= step).all())
-    assert torch.equal(found, merge.dithered(wanted, "model.layers.0.mlp.up_proj.weight"))
-    assert not torch.equal(found, merge.dithered(wanted, "model.layers.1.mlp.up_proj.weight"))
-    assert torch.equal(merge.dithered(base.float(), "x"), base)
+    assert torch.equal(found, dithered(wanted, "model.layers.0.mlp.up_proj.weight"))
+    assert not torch.equal(found, dithered(wanted, "model.layers.1.mlp.up_proj.weight"))
+    assert torch.equal(dithered(base.float(), "x"), base)
 
 
 def test_a_correction_is_the_nearest_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:

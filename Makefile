@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench notebooks clean
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-merge notebooks clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -67,6 +67,9 @@ bench: base
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock
 	$(RUN)/python benchmarks/train.py
 	$(RUN)/python benchmarks/data.py
+
+bench-merge: setup
+	$(RUN)/python benchmarks/merge.py
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

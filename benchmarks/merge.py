@@ -9,6 +9,7 @@ Run it from the repository's root on a machine that does nothing else, with 30 G
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -35,6 +36,8 @@ SIZES: dict[str, tuple[int, int, int]] = {  # hidden, intermediate, layers
 VOCABULARY, RANK, SEED = 32_000, 16, 20_261
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
 OURS, PEER = "finetune", "peft"
+WARM = {OURS: ("finetune.merge", "safetensors.torch"), PEER: ("peft", "transformers.models.llama.modeling_llama")}
+"""What a contestant imports before its time begins: that is nobody's merit here."""
 
 
 def build(folder: Path, name: str) -> None:
@@ -123,26 +126,34 @@ def peer(base: Path, adapter: Path, out: Path) -> None:
 
 def measured(who: str, folder: Path) -> dict[str, float]:
     """One contestant in a process of its own: wall and processor seconds, and the most memory that was resident."""
-    out = folder / f"out-{who}"
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(folder / f"out-{who}", ignore_errors=True)
     os.sync()  # nobody waits for what another one wrote
-    done = subprocess.run(
-        [sys.executable, __file__, "--contestant", who, str(folder)], check=True, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-    )  # fmt: skip
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = apart(who, folder)
     return found
 
 
-def contestant(who: str, folder: Path) -> None:
-    import torch  # noqa: F401 — both need it; what it takes to import is nobody's merit
+def apart(task: str, folder: Path, name: str = "") -> Any:
+    """A task's answer, from a process of its own. This one stays small: a child's peak begins at its parent's size."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--task", task, str(folder), name], check=True, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
 
+
+def run(task: str, folder: Path, name: str) -> Any:
+    if task == "build":
+        return build(folder, name)
+    return furthest(folder) if task == "furthest" else contestant(task, folder)
+
+
+def contestant(who: str, folder: Path) -> dict[str, float]:
+    for name in WARM[who]:
+        importlib.import_module(name)
     begun, used = time.perf_counter(), time.process_time()
     {OURS: ours, PEER: peer}[who](folder / "base", folder / "adapter", folder / f"out-{who}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({
-        "seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - used, "peak_bytes": peak,
-    }))  # fmt: skip
+    return {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - used, "peak_bytes": peak}
 
 
 def furthest(folder: Path) -> float:
@@ -168,13 +179,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES))
     parser.add_argument("--work", type=Path, help="where the bases are made; default: a temporary folder")
-    parser.add_argument("--contestant", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--task", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.contestant:
-        contestant(asked.contestant[0], Path(asked.contestant[1]))
+    if asked.task:
+        print(json.dumps(run(asked.task[0], Path(asked.task[1]), asked.task[2])))
         return
-    from finetune import hardware
-
     sizes = asked.sizes or (["0.1 GB"] if asked.quick else ["2.3 GB", "9 GB"])
     found: dict[str, Any] = {}
     load = os.getloadavg()[0]
@@ -182,7 +191,7 @@ def main() -> None:
         for name in sizes:
             folder = Path(work) / name.replace(" ", "")
             print(f"making a base of {name}", flush=True)
-            build(folder, name)
+            apart("build", folder, name)
             rounds = []
             for number in range(asked.rounds):
                 turn = [OURS, PEER] if number % 2 == 0 else [PEER, OURS]
@@ -196,10 +205,12 @@ def main() -> None:
             found[name] = {
                 "rounds": rounds,
                 "ratios": {key: {"min": r[0], "median": median(r), "max": r[-1]} for key, r in ratios.items()},
-                "furthest_in_bf16_steps": furthest(folder),
+                "furthest_in_bf16_steps": apart("furthest", folder),
             }
             print(json.dumps(found[name]["ratios"], indent=2), flush=True)
             shutil.rmtree(folder)
+    from finetune import hardware  # imports torch
+
     result = {
         "command": "benchmarks/merge.py " + " ".join(sys.argv[1:]), "date": datetime.now(UTC).isoformat(),
         "hardware": hardware.detect().to_dict(), "python": sys.version.split()[0], "load_before": load,

@@ -12,7 +12,8 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a card is made of. ``scores``: name → numbers; ``provenance``: the manifest's; ``parts``: what is in it."""
+    """What a card is made of. ``scores``: name → numbers; ``provenance``: the manifest's; ``parts``: what is in it;
+    ``vllm_rank``: the adapter's, 0 where vLLM cannot load it as it is."""
 
     name: str
     terms: Terms
@@ -22,6 +23,7 @@ class Card:
     provenance: Facts
     chat: bool
     thinking: str
+    vllm_rank: int = 0
 
     def text(self) -> str:
         """README.md: the header that the hub reads, then facts for people."""
@@ -80,11 +82,15 @@ class Card:
         if "merged" in self.parts:
             lines += ["", "With transformers, from this folder (or give the repository's id instead of `.`):", ""]
             lines += ["```python", _MERGED + ask, "```", "", "With vLLM: `vllm serve .`"]
+            lines += ["", *_OLLAMA] if self.provenance.get("merge", {}).get("layout") != "original" else []
         if "adapter" in self.parts:
             place = "." if self.parts == ("adapter",) else "adapter"
             base = self.provenance["base"]["name"]
             lines += ["", f"The adapter alone, on its base `{base}`, with PEFT:", ""]
             lines += ["```python", _ADAPTER.format(base=base, place=place) + ask, "```"]
+            if self.vllm_rank:
+                more = f"--enable-lora --max-lora-rank {self.vllm_rank} --lora-modules adapter={place}"
+                lines += ["", f"With vLLM: `vllm serve {base} {more}`"]
         return lines
 
     def _scores(self) -> list[str]:
@@ -135,6 +141,10 @@ _PLAIN = """\
 asked = tokenizer("Hello", return_tensors="pt")
 answer = model.generate(**asked, max_new_tokens=32)[0, asked["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_OLLAMA = [
+    "Ollama and llama.cpp read GGUF: llama.cpp's `convert_hf_to_gguf.py . --outfile model.gguf` makes one of this",
+    "folder, `finetune export . --to ollama --out DIR` one with a Modelfile that renders as this tokenizer's template.",
+]
 _CHECK = [
     "Every file's digest stands in `SHA256SUMS`; `manifest.json` says of which base, data, recipe and versions it was",
     "made. Without any package of ours:",

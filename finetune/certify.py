@@ -19,6 +19,7 @@ from finetune import (
     proof,
     scores,
     unfinished,
+    whole,
 )
 from finetune import base as bases
 from finetune import merge as merging
@@ -28,7 +29,7 @@ from finetune.errors import EnvironmentFault, FinetuneError, ModelError
 from finetune.loading import BaseForm
 from finetune.merge import FoldPlan
 from finetune.runfolder import json_bytes, read_json, remove, write_atomic, write_synced
-from finetune.terminal import Progress, Terminal
+from finetune.terminal import Progress, Terminal, size
 from finetune.trained import Trained
 
 PROVENANCE = "finetune.json"
@@ -94,7 +95,7 @@ def make(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> tuple[d
     del policy
     gc.collect()
     trained = checkpoint.read_adapter(given.folder)
-    possible = asked.choices()
+    possible = asked.choices() if given.is_lora() else asked.choices()[:1]
     choices: dict[str, dict[str, float]] = {}
     if len(possible) > 1 and given.is_quantised():
         choices = read_json(out / _MEASURED) or _measured(given, expected, trained, asked)
@@ -104,7 +105,11 @@ def make(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> tuple[d
         choices["live"] = {"loss": proof.loss(expected, given.rows)}
         for line in _table(choices, taken, len(expected)):
             terminal.say(line)
-    found = _write_merged(given, _plan(given, trained, taken, asked), trained.weights, (out, asked.layout), terminal)
+    if given.is_lora():
+        plan = _plan(given, trained, taken, asked)
+        found = _write_merged(given, plan, trained.weights, (out, asked.layout), terminal)
+    else:
+        found = _write_whole(given, trained.config["peft_type"], taken, (out, asked.layout), terminal)
     judged = _judge_merged(given, out, expected, taken, terminal)
     note = {
         "adapter_sha256": manifest.digest(given.folder / checkpoint.ADAPTER),
@@ -139,8 +144,7 @@ def _measured(given: Trained, expected: Any, trained: Checkpoint, asked: Asked) 
     form = replace(given.form, weights=given.form.compute, double=False)
     for name in asked.choices():
         change = _plan(given, trained, name, asked).folding(trained.weights).whole
-        whole = fits(given.base, form)
-        policy = (model.load_base if whole else model.stream_base)(given.base, form, change=change)
+        policy = (model.load_base if fits(given.base, form) else model.stream_base)(given.base, form, change=change)
         answers = proof.distributions(policy, given.rows)
         mean_kl = proof.compare(expected, answers, proof.MEAN_KL[name]).mean_kl
         found[name] = {"loss": proof.loss(answers, given.rows), "mean_kl": mean_kl}
@@ -182,21 +186,30 @@ def _write_merged(
     return {"folded_tensors": count, "relative_changes": dict(sorted(changes.items()))}
 
 
+def _write_whole(given: Trained, method: str, choice: str, to: tuple[Path, str], terminal: Terminal) -> dict[str, Any]:
+    memory = size(whole.need(given.base))
+    terminal.say(f"{method} is merged by PEFT itself: the whole model in memory in fp32, about {memory}")
+    progress = Progress(terminal, "writing tensor")
+    count = whole.apply(given.base, given.form, given.folder, *to, progress, replayed=choice == "replayed")
+    layouts.write(given.base, *to, trained=True)
+    return {"folded_tensors": count, "relative_changes": {}}
+
+
 def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, terminal: Terminal) -> dict[str, Any]:
     """Load the folder as anyone would, compare with the live model, and score the held-out rows."""
     merged, compute = bases.inspect(folder), given.form.compute
     form = BaseForm(weights=compute, double=False, compute=compute, device=given.form.device)
-    whole = fits(merged, form)
-    policy = model.load_base(merged, form) if whole else model.stream_base(merged, form)
+    holds = fits(merged, form)
+    policy = model.load_base(merged, form) if holds else model.stream_base(merged, form)
     compared = proof.compare(expected, proof.distributions(policy, given.rows), proof.MEAN_KL[choice])
     result = {"proof": compared, "holds": compared.holds, "reason": ""}
     if not compared.holds:
         result["reason"] = f"the merged model differs: mean KL {compared.mean_kl:.2e} nats, bound {compared.bound:.0e}"
         return result
     held_out = given.run.prepared.held_out if given.run else None
-    if not whole:
+    if not holds:
         terminal.say("the merged model does not fit this machine: compared layer by layer, its rows are not scored")
-    if given.run is None or held_out is None or not whole:
+    if given.run is None or held_out is None or not holds:
         return result
     bars: dict[str, Progress] = {}
 

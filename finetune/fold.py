@@ -7,6 +7,7 @@ side by side; what one needs to know of the whole tensor (the scales of double q
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -41,19 +42,32 @@ class Fold:
     row_ids: tuple[int, ...] = ()
 
 
-def _updated(block: torch.Tensor, rows: slice, fold: Fold, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Rows of a base tensor, fp32 and ours to change: [rows, in] → with their share of the adapter."""
+def _updated(
+    block: torch.Tensor, rows: slice, fold: Fold, weights: dict[str, torch.Tensor]
+) -> tuple[float, torch.Tensor]:
+    """Rows of a base tensor, fp32 and ours to change: [rows, in] → the norm of their change, and they with it."""
+    change = 0.0
     if fold.rows:
-        for place, token in enumerate(fold.row_ids):
-            if rows.start <= token < rows.stop:
-                block[token - rows.start] = weights[fold.rows][place].float()
+        held = [
+            (place, token - rows.start) for place, token in enumerate(fold.row_ids) if rows.start <= token < rows.stop
+        ]
+        for place, row in held:
+            value = weights[fold.rows][place].float()
+            change = math.hypot(change, float(torch.linalg.vector_norm(value - block[row])))
+            block[row] = value
+    before = block.clone() if fold.magnitude else block
     if fold.lora_a:
-        block.addmm_(weights[fold.lora_b][rows].float(), weights[fold.lora_a].float(), alpha=fold.scaling)
+        a, b = weights[fold.lora_a].float(), weights[fold.lora_b][rows].float()
+        block.addmm_(b, a, alpha=fold.scaling)
+        # ‖B A‖² is the trace of (Bᵀ B)(A Aᵀ): two small products instead of two passes over the matrix.
+        square = float(((b.T @ b).double() * (a @ a.T).double()).sum())
+        change = math.hypot(change, fold.scaling * math.sqrt(max(square, 0.0)))
     if fold.magnitude:
         # DoRA: direction times a learned length per output row (Liu et al. 2024, equation 5).
         length = weights[fold.magnitude].float().reshape(-1)[rows]
         block *= (length / torch.linalg.norm(block, dim=1))[:, None]
-    return block
+        change = float(torch.linalg.vector_norm(before.sub_(block)))
+    return change, block
 
 
 def _seed(name: str) -> int:
@@ -62,18 +76,21 @@ def _seed(name: str) -> int:
 
 
 def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
-    """fp32 → bf16, up or down at random with the odds of where it lies between: right on average.
+    """fp32, which is used up, → bf16, up or down at random with the odds of where it lies between: right on average.
 
     A replayed weight lies on bf16's grid. Rounded to the nearest, every update below half a step is swallowed: 8 % of
     a QLoRA update at Qwen-14B's width (KL 1.5e-2 to the live model; 1.3e-4 this way, 1.0e-4 in fp32; decision 0006).
     The draw hangs on ``name`` alone, so that the same merge gives the same bytes: the bits of SFC64, which no version
     of numpy will change, and which cost a quarter of torch's own.
     """
-    bits = value.contiguous().view(torch.int32)
-    drawn = torch.from_numpy(np.random.SFC64(_seed(name)).random_raw(-(-bits.numel() // 4)).view(np.int16))
-    # One draw of 64 bits is the noise of four values, -2^15 to 2^15 - 1 each.
-    noisy = torch.add(bits, drawn[: bits.numel()].view(bits.shape)).add_(1 << 15).bitwise_and_(-(1 << 16))
-    return noisy.view(torch.float32).to(torch.bfloat16)
+    bits = value.contiguous().view(torch.int32).view(-1)
+    half = (bits.numel() + 1) // 2
+    drawn = torch.from_numpy(np.random.SFC64(_seed(name)).random_raw((half + 1) // 2).view(np.int32))[:half]
+    # 32 bits are the noise of two values far apart. Odd numbers below half a step: no sum lies in the middle between
+    # two steps, so that rounding it to the nearest is rounding the value at random.
+    bits[half:] += drawn.bitwise_right_shift(16).bitwise_or_(1)[: bits.numel() - half]
+    bits[:half] += drawn.bitwise_left_shift_(16).bitwise_right_shift_(16).bitwise_or_(1)
+    return bits.view(torch.float32).view(value.shape).to(torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +102,7 @@ class Folding:
     form: BaseForm
     weights: dict[str, torch.Tensor]
     pool: ThreadPoolExecutor | None = None
-    _norms: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    _norms: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
 
     def rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A tensor that changes, in row blocks; ``dtype``: that of the base's."""
@@ -111,7 +128,7 @@ class Folding:
         """‖W′ − W‖ / ‖W‖ of each tensor that the adapter changes and that was folded, W being what it was added to."""
         found = {}
         for name, blocks in self._norms.items():
-            change, base = torch.stack([blocks[start] for start in sorted(blocks)]).sum(dim=0).sqrt().tolist()
+            change, base = (math.hypot(*norms) for norms in zip(*(blocks[at] for at in sorted(blocks)), strict=True))
             found[name] = float(f"{change / base:.4g}") if base else 0.0
         return found
 
@@ -134,13 +151,10 @@ class Folding:
             block.addmm_(correction[0][at], correction[1])
         if not (fold.lora_a or fold.rows):
             return block
-        before = block.clone()
-        block = _updated(block, at, fold, self.weights)
-        norms = torch.stack(
-            [(block - before).square_().sum(dtype=torch.float64), before.square_().sum(dtype=torch.float64)]
-        )
-        self._norms.setdefault(name, {})[at.start] = norms
-        return block
+        norm = float(torch.linalg.vector_norm(block))
+        change, after = _updated(block, at, fold, self.weights)
+        self._norms.setdefault(name, {})[at.start] = change, norm
+        return after
 
     def _replayed(self, block: torch.Tensor, start: int, scales: torch.Tensor | None) -> torch.Tensor:
         """Base rows from ``start`` on, as they acted in training."""

@@ -61,7 +61,7 @@ def make_plan(
         ModelError: adapter tensors that fit no base tensor, with their names.
     """
     parts: dict[str, dict[str, str]] = {}
-    faults = _empty(weights)
+    faults = empty(weights)
     for key in weights:
         rows_of = f"{key.removeprefix(_PREFIX).removesuffix(_ROWS)}.weight" if key.endswith(_ROWS) else ""
         if rows_of in base.tensors:
@@ -75,8 +75,9 @@ def make_plan(
         else:
             faults.append(Fault(f"adapter tensor {key} fits no tensor of the base", str(base.folder), "wrong base?"))
     folds = {}
+    held_small = set(quantised_names(base))
     for name in base.tensors:
-        quantised = bool(re.search(r"\.layers\.\d+\..*_proj\.weight$", name))
+        quantised = name in held_small
         ground = Fold(replay=quantised and replayed, correct=correct if quantised and not replayed else 0)
         found = parts.get(name, {})
         if "rows" in found:
@@ -100,7 +101,12 @@ def make_plan(
     return FoldPlan(folds=folds, form=form, replayed=replayed)
 
 
-def _empty(weights: dict[str, torch.Tensor]) -> list[Fault]:
+def quantised_names(base: Base) -> list[str]:
+    """The tensors that a quantised form of this base holds in few bits."""
+    return [name for name in base.tensors if re.search(r"\.layers\.\d+\..*_proj\.weight$", name)]
+
+
+def empty(weights: dict[str, torch.Tensor]) -> list[Fault]:
     """Adapter tensors that say nothing, or nonsense."""
     faults = []
     for key, value in weights.items():

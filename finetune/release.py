@@ -13,6 +13,7 @@ from finetune import certify, checkpoint, gather, layouts, manifest, scores, sea
 from finetune.card import Card
 from finetune.certify import Asked
 from finetune.errors import EnvironmentFault, FinetuneError
+from finetune.exporters import adapter
 from finetune.prepare import Prepared
 from finetune.recipe import flatten, yamlfile
 from finetune.runfolder import RunFolder, json_bytes, read_json, write_synced
@@ -99,7 +100,9 @@ def _describe(
         "environment": identity["environment"],
         "resolved": identity["resolved"],
         "rope": recipe.rope,
-        "merge": {key: merged[key] for key in ("base_choice", "choices", "proof", "quantised_as") if key in merged},
+        "merge": {
+            key: merged[key] for key in ("base_choice", "choices", "layout", "proof", "quantised_as") if key in merged
+        },
         "scores": scores.read(files),
         "licence": found.licence.id if found.licence else "unknown",
         "asked": merged["asked"],
@@ -109,12 +112,20 @@ def _describe(
     tokenizer = read_json(folder / "tokenizer_config.json") or {}
     card = Card(
         name=name, terms=found, parts=parts, recipe=yamlfile.dump(recipe.to_yaml_dict()), scores=scores.read(files),
-        provenance=made, thinking=recipe.data.thinking,
+        provenance=made, thinking=recipe.data.thinking, vllm_rank=_vllm_rank(files) if "adapter" in parts else 0,
         chat=(folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
     )  # fmt: skip
     write_synced(folder / "README.md", card.text().encode())
     write_synced(folder / ".gitattributes", _ATTRIBUTES)
     seal.write(folder, made)
+
+
+def _vllm_rank(files: RunFolder) -> int:
+    """The adapter's largest rank, 0 where vLLM could not load it or would scale it otherwise."""
+    read = checkpoint.read_adapter(files.adapter)
+    if read.config.get("use_rslora") or adapter.refusals(read.config, read.weights, "vllm"):
+        return 0
+    return adapter.rank(read.weights)
 
 
 def _changes(base: str, parts: tuple[str, ...], merged: dict[str, Any]) -> list[str]:

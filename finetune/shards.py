@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 _STORED = TORCH_DTYPES | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_BLOCK = 1 << 18
+_FLUSH = 1 << 28
+"""Bytes after which what was written is sent on to the disk."""
+_BLOCK = 1 << 19
 """Values read and written at a time: 1 MB in fp32. They stay in a cache, and memory does not follow the model."""
 
 
@@ -229,6 +232,8 @@ class ShardWriter:
         self._sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
         self.path, self._due = path, list(self.names)
         self._file = path.open("wb")
+        self._flusher, self._since = ThreadPoolExecutor(1), 0
+        self._flushing: Future[None] | None = None
         self._write(struct.pack("<Q", len(header)) + header)
 
     def add(self, name: str, value: torch.Tensor | Iterable[torch.Tensor]) -> None:
@@ -245,8 +250,16 @@ class ShardWriter:
     def _write(self, data: bytes | memoryview) -> None:
         try:
             self._file.write(data)
+            self._since += len(data)
+            if self._since > _FLUSH and (self._flushing is None or self._flushing.done()):
+                self._settle()  # the disk works while the next tensors are made, and has little left to do at the end
+                self._since, self._flushing = 0, self._flusher.submit(os.fdatasync, self._file.fileno())
         except OSError as error:
             raise disk_fault(error, self.path) from error
+
+    def _settle(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
 
     def __enter__(self) -> Self:
         return self
@@ -256,10 +269,12 @@ class ShardWriter:
     ) -> None:
         try:
             self._file.flush()
+            self._settle()
             os.fsync(self._file.fileno())
         except OSError as error:
             if kind is None:
                 raise disk_fault(error, self.path) from error
         finally:
+            self._flusher.shutdown()
             self._file.close()
         assert kind is not None or not self._due, f"{self._due} were not written"

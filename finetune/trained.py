@@ -7,11 +7,23 @@ is known of our own (their ``finetune.json``), of others only by who trained the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import adapter_file, checkpoint, finished, gather, hardware, identity, model, source, tokenizer
+from finetune import (
+    adapter_file,
+    checkpoint,
+    finished,
+    gather,
+    hardware,
+    identity,
+    merge,
+    model,
+    source,
+    tokenizer,
+    whole,
+)
 from finetune import base as bases
 from finetune.base import Base
 from finetune.conversation import TEXT, Conversation, Turn
@@ -58,7 +70,14 @@ class Trained:
 
     def live(self) -> Policy:
         """The trained model as it trained. Raises as ``model.attach_saved``."""
-        return model.attach_saved(model.load_base(self.base, self.form), self.folder)
+        base = model.load_base(self.base, self.form)
+        if self.is_lora():
+            return model.attach_saved(base, self.folder)
+        return replace(base, model=whole.attach(base.model, self.folder), adapted=True)
+
+    def is_lora(self) -> bool:
+        """Whether its update can be read from pairs of matrices; of other methods PEFT alone knows it."""
+        return bool(checkpoint.read_adapter(self.folder).config["peft_type"] == "LORA")
 
     def is_quantised(self) -> bool:
         """Whether the base as it was trained against is another one than the published."""
@@ -112,7 +131,7 @@ def of_adapter(
         ModelError: no LoRA, or no base, or not the base that it was trained on.
         DataError: rows that cannot be used.
     """
-    _, config = adapter_file.read(folder)
+    config = _config(folder)
     record: dict[str, Any] = next((found for each in RECORDS if (found := read_json(folder / each))), {})
     made = record.get("base") if isinstance(record.get("base"), dict) else None
     known = made or {"name": record.get("base"), "commit": record.get("commit"), "sha256": record.get("base_sha256")}
@@ -131,6 +150,20 @@ def of_adapter(
         base=base, name=asked, commit=found.commit, sha256=digests, rope=record.get("rope"),
         form=_form(record.get("form"), quantised_as, base), folder=folder, rows=rows_for(base, rows), run=None,
     )  # fmt: skip
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """PEFT's config of an adapter folder. Raises ModelError where the adapter is none, damaged, or says nothing."""
+    config = read_json(folder / adapter_file.CONFIG)
+    if isinstance(config, dict) and config.get("peft_type") == "LORA":
+        return adapter_file.read(folder)[1]
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise ModelError("adapter_config.json is no config of PEFT's", str(folder), "fetch the adapter again")
+    if not (folder / adapter_file.WEIGHTS).is_file():
+        raise ModelError(f"no {adapter_file.WEIGHTS} here", str(folder), "fetch the adapter again")
+    if faults := merge.empty(checkpoint.read_adapter(folder).weights):
+        raise ModelError.of(faults[:20])
+    return config
 
 
 def _form(stored: Any, quantised_as: str | None, base: Base) -> BaseForm:

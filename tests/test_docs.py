@@ -93,7 +93,7 @@ def test_tests_mirror_the_package() -> None:
         "certify": "test_merge_run", "train": "test_run", "records": "test_datacheck",
         "adapter_file": "test_adapter_layout", "metrics": "test_run", "tokenizer": "test_base",
         "layouts": "test_convert", "unpickle": "test_pickles", "headers": "test_base", "fold": "test_merge",
-        "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
+        "whole": "test_trained", "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
         "messages": "formats/test_chat", "rowcheck": "test_conversation", "datacli": "test_datacheck",
         "card": "test_release", "shipcli": "test_cli", "export": "test_release", "upload": "test_push",
         "llamaruntime": "test_prove", "terms": "test_release", "signature": "test_verify",

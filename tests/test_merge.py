@@ -280,13 +280,13 @@ def test_an_update_below_a_step_of_bf16_is_not_swallowed() -> None:
 
     assert kept(wanted.bfloat16()) < 0.8
 
-    found = dithered(wanted, "model.layers.0.mlp.up_proj.weight")
+    found = dithered(wanted.clone(), "model.layers.0.mlp.up_proj.weight")
     assert abs(kept(found) - 1) < 0.02
     # Neighbours only, the same bytes each time, and what is on the grid stays.
     step = (wanted.bfloat16().float().abs() * 2**-7).clamp(min=1e-30)
     assert bool(((found.float() - wanted).abs() <= step).all())
-    assert torch.equal(found, dithered(wanted, "model.layers.0.mlp.up_proj.weight"))
-    assert not torch.equal(found, dithered(wanted, "model.layers.1.mlp.up_proj.weight"))
+    assert torch.equal(found, dithered(wanted.clone(), "model.layers.0.mlp.up_proj.weight"))
+    assert not torch.equal(found, dithered(wanted.clone(), "model.layers.1.mlp.up_proj.weight"))
     assert torch.equal(dithered(base.float(), "x"), base)
 
 

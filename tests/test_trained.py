@@ -73,7 +73,8 @@ def test_an_adapter_of_peft_merges_as_peft_does(work: Path) -> None:
     assert (said.code, said.err) == (0, "")
     assert (note()["base_choice"], note()["quantised_as"], note()["choices"]) == ("replayed", "bf16", {})
     wanted = logits("base", BARE)
-    assert float((logits("out") - wanted).abs().max()) < 0.05 < float((logits("base") - wanted).abs().max())
+    apart, effect = ((logits(folder) - wanted).abs().mean() for folder in ("out", "base"))
+    assert float(apart) < 0.05 * float(effect)  # what rounding to bf16 does, and what the adapter does
 
 
 def test_what_an_adapter_does_not_say_can_be_said(work: Path, build_tiny: Callable[..., Path]) -> None:
@@ -124,3 +125,41 @@ def test_the_probes_fit_every_base(work: Path) -> None:
     Path("long.jsonl").write_text(json.dumps(runs.chat("x" * 5000, "y")) + "\n")
     with pytest.raises(ModelError, match="no row fits"):
         trained.rows_for(bases.inspect(Path("base")), Path("long.jsonl"))
+
+
+@pytest.mark.parametrize("method", ["IA3", "LoHa", "OFT"])
+@pytest.mark.parametrize("quantised_as", [None, "nf4"])
+def test_any_other_method_is_merged_by_peft(
+    work: Path, build_tiny: Callable[..., Path], method: str, quantised_as: Any
+) -> None:
+    """The whole model in memory, and the same proof."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    shutil.rmtree("base")
+    build_tiny(Path("base"), dtype="float32", max_shard_size="100KB")
+    torch.manual_seed(5)
+    fields: dict[str, Any] = {
+        "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "LoHa": {"target_modules": ["q_proj", "v_proj"], "r": 4},
+        "OFT": {"target_modules": ["q_proj"], "oft_block_size": 16},
+    }[method]
+    plain = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    made = peft.get_peft_model(plain, getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **fields))
+    with torch.no_grad():
+        for value in made.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn(value.shape) * 0.05)
+    made.save_pretrained(BARE)
+    options = ("--quantised-as", quantised_as) if quantised_as else ()
+    said = merge(*options)
+    if method == "LoHa" and quantised_as:  # PEFT has no such layer on 4-bit weights
+        assert said.code == 4
+        assert "PEFT does not load this adapter" in said.err
+        return
+    assert (said.code, said.err) == (0, "")
+    assert "is merged by PEFT itself: the whole model in memory" in said.out
+    if not quantised_as:
+        wanted = logits("base", BARE)
+        assert float((logits("out") - wanted).abs().max()) < 1e-4
+        assert float((logits("base") - wanted).abs().max()) > 1e-2

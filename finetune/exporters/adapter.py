@@ -22,10 +22,10 @@ def plain(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str,
     if not config.get("use_rslora"):
         return config
     alphas = {}
-    for name, rank in _ranks(weights).items():
+    for name, size in _ranks(weights).items():
         pattern = config.get("alpha_pattern") or {}
         alpha = next((a for word, a in pattern.items() if re.match(rf"(.*\.)?({word})$", name)), config["lora_alpha"])
-        alphas[name] = alpha * rank**0.5
+        alphas[name] = alpha * size**0.5
     values = sorted(set(alphas.values()))
     usual = max(values, key=list(alphas.values()).count)
     odd = {re.escape(name): alpha for name, alpha in alphas.items() if alpha != usual}
@@ -59,7 +59,11 @@ def refusals(config: dict[str, Any], weights: dict[str, torch.Tensor], target: s
     return found
 
 
+def rank(weights: dict[str, torch.Tensor]) -> int:
+    """The largest rank of the adapter's modules."""
+    return max(_ranks(weights).values(), default=0)
+
+
 def advice(weights: dict[str, torch.Tensor], target: str) -> str:
     """What the consumer must be told beside the folder."""
-    rank = max(_ranks(weights).values(), default=0)
-    return f"start vLLM with --enable-lora --max-lora-rank {rank}" if target == "vllm" else ""
+    return f"start vLLM with --enable-lora --max-lora-rank {rank(weights)}" if target == "vllm" else ""

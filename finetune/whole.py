@@ -1,0 +1,76 @@
+"""An adapter of any PEFT method, folded by PEFT itself: the whole model in memory, in fp32.
+
+LoRA and its kin go through ``fold``, a block at a time. What the other methods do to a weight, PEFT alone knows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import budget, checkpoint, hardware, loading, shards
+from finetune.base import Base
+from finetune.errors import EnvironmentFault, ModelError
+from finetune.fold import Fold, Folding, dithered
+from finetune.loading import BaseForm
+from finetune.merge import quantised_names
+
+
+def need(base: Base) -> int:
+    """Bytes of memory that such a merge takes."""
+    return int(budget.weight_bytes("fp32", False, "fp32", base.shape) * 1.05 + 1e9)
+
+
+def attach(model: Any, folder: Path) -> Any:
+    """PEFT's model of an adapter folder on a base. Raises ModelError where PEFT refuses it."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        strange = sorted(set(checkpoint.read_adapter(folder).weights) - set(get_peft_model_state_dict(adapted)))
+        if strange:  # of these PEFT says nothing
+            raise ValueError(f"{strange[0]} fits nothing")
+        return adapted
+    except Exception as error:  # noqa: BLE001 - each method has its own ways to refuse
+        what = f"PEFT does not load this adapter: {str(error).splitlines()[0]}"
+        raise ModelError(what, str(folder), "name the base that it was trained on") from None
+
+
+def apply(
+    base: Base, form: BaseForm, folder: Path, out: Path, layout: str, progress: Callable[[int, int], None],
+    *, replayed: bool,
+) -> int:  # fmt: skip
+    """Write the merged shards into the folder ``out``; → the tensors that changed.
+
+    Raises:
+        EnvironmentFault: the model does not fit this machine's memory.
+        ModelError: PEFT refuses the adapter, or cannot merge this method.
+    """
+    if need(base) > hardware.detect().free_memory * budget.USABLE:
+        what = f"PEFT merges this method in {need(base) / 1e9:.0f} GB of memory, more than is free"
+        raise EnvironmentFault(what, str(folder), "merge it on a larger machine")
+    names = quantised_names(base) if replayed and form.weights in ("nf4", "fp4", "int8") else []
+    folding = Folding(folds={name: Fold(replay=True) for name in names}, form=form, weights={})
+    held = BaseForm(weights="fp32", double=False, compute="fp32", device="cpu")
+    adapted = attach(loading.load(base, held, change=folding.whole), folder)
+    owners = [name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "base_layer")]
+    changed = {f"{name}.{part}" for name in owners for part in ("weight", "bias")} & set(base.tensors)
+    try:
+        state = adapted.merge_and_unload().state_dict()
+    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"PEFT cannot merge this method: {error}", str(folder), "serve it with PEFT") from None
+
+    def after(name: str, rows: shards.Rows) -> Any:
+        if name not in changed and name not in names:
+            return rows.blocks()
+        dtype = shards.TORCH_DTYPES[base.tensors[name].dtype]
+        return [dithered(state[name], name) if dtype == torch.bfloat16 else state[name].to(dtype)]
+
+    shards.rewrite(base, out, layout, after, progress)
+    return len(changed)

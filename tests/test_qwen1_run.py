@@ -14,6 +14,7 @@ import torch
 from finetune import base as bases
 from finetune import finished, loading, manifest
 from finetune.terminal import Terminal
+from finetune.tokenizer import load_tokenizer
 from tests import qwen1, runs
 from tests.runs import MERGED, OUTPUT, awake
 
@@ -88,6 +89,12 @@ def test_a_base_that_learned_turns_says_so_in_the_original_layout(original: Path
     assert runs.train("train.steps=1", "evaluate.metrics=[loss]").code == 0
     assert runs.merge_run("--layout", "original").code == 0
     assert json.loads((MERGED / "generation_config.json").read_text())["chat_format"] == "chatml"
+    # in the native layout the model's own ends say so: the turn's first
+    native = Path("native")
+    assert runs.merge_run("--base", "replayed", out=native).code == 0
+    ends = json.loads((native / "generation_config.json").read_text())["eos_token_id"]
+    tokenizer = load_tokenizer(native)
+    assert tokenizer.convert_ids_to_tokens(ends)[0] == "<|im_end|>"
 
 
 def test_interrupted_and_resumed_to_the_same_bits(original: Path) -> None:

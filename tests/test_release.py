@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import families, terms, verify
+from finetune import families, manifest, terms, verify
 from finetune.base import inspect
 from finetune.card import Card
 from finetune.dataset import Source
@@ -92,6 +92,36 @@ def test_the_cards_facts_are_the_runs(published: Path) -> None:
     assert f"| `train.jsonl` | cc0-1.0 | `{digest[:16]}…` |" in card
     assert "learning_rate: 0.005" in card
     assert "pip install" not in card
+
+
+def test_the_card_says_how_it_is_served(published: Path) -> None:
+    """Only as it can be: an engine that reads no rsLoRA flag would serve another model."""
+    card = (OUT / "README.md").read_text()
+    assert "`vllm serve .`" in card
+    assert "`vllm serve base --enable-lora --max-lora-rank 4 --lora-modules adapter=adapter`" in card
+    assert "`finetune export . --to ollama --out DIR`" in card
+    config = json.loads((OUTPUT / "adapter" / "adapter_config.json").read_text())
+    (OUTPUT / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    digests = json.loads((OUTPUT / "adapter" / "manifest.json").read_text())
+    digests["sha256"]["adapter_config.json"] = manifest.digest(OUTPUT / "adapter" / "adapter_config.json")
+    (OUTPUT / "adapter" / "manifest.json").write_text(json.dumps(digests))
+    shutil.rmtree(OUT)
+    assert release("--what", "adapter", *KNOWN).code == 0
+    assert "vllm" not in (OUT / "README.md").read_text()
+
+
+def test_the_same_release_again_changes_nothing(published: Path) -> None:
+    before = runs.snapshot(OUT)
+    said = release("--what", "both", *KNOWN)
+    assert (said.code, said.err) == (0, "")
+    assert "already: nothing to do" in said.out
+    assert release("--what", "merged", *KNOWN).code == 5
+    (OUT / "LICENSE").write_text("other")
+    said = release("--what", "both", *KNOWN)
+    assert said.code == 5
+    assert "LICENSE is damaged" in said.err
+    (OUT / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
+    assert runs.snapshot(OUT).keys() == before.keys()
 
 
 def test_the_cards_code_runs(published: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from finetune import adapter_file, checkpoint, evaluate, finished, identity, layouts, manifest, model, scores, weigh
@@ -21,6 +22,7 @@ from finetune.errors import EnvironmentFault, Fault, FinetuneError, ModelError, 
 from finetune.model import Policy
 from finetune.run import Run
 from finetune.runfolder import RunFolder, atomic_folder, clear_leftovers_of, json_bytes, write_synced
+from finetune.shards import Reader
 from finetune.terminal import Progress, Terminal
 
 RECORD = "blend.json"
@@ -90,10 +92,14 @@ def blend(parts: Sequence[Part], out: Path, terminal: Terminal, options: weigh.O
     options.check()
     if out.exists() or out.is_symlink():
         raise EnvironmentFault("something is there already", str(out), "give another --out, or remove it")
-    opened = _open(parts, terminal)
+    opened = _open(parts, terminal, options.method)
     first = opened[0].run
     shares = [part.share for part in parts]
     made = weigh.weigh([each.adapter for each in opened], shares, options, Progress(terminal, "merging module"))
+    with Reader(first.base) as reader:
+        configs = [each.config for each in opened]
+        rows = weigh.weigh_rows([each.adapter for each in opened], configs, shares, _rows_of(reader))
+    made = replace(made, rows=rows)
     for line in _said(made, opened, options):
         terminal.say(line)
     config, weights = made.peft(first.base.tensors, first.prepared.recipe.model)
@@ -127,6 +133,10 @@ def blend(parts: Sequence[Part], out: Path, terminal: Terminal, options: weigh.O
     return note
 
 
+def _rows_of(reader: Reader) -> Callable[[str, Sequence[int]], torch.Tensor]:
+    return lambda module, ids: reader.rows(f"{module}.weight", ids)
+
+
 def _part(each: _Opened, losses: dict[str, Any]) -> dict[str, Any]:
     digest = manifest.digest(each.run.folder.adapter / checkpoint.ADAPTER)
     return {"run": each.name, "share": each.part.share, "adapter_sha256": digest, **losses}
@@ -141,6 +151,11 @@ def _said(made: weigh.Weighed, opened: Sequence[_Opened], options: weigh.Options
         lines[0] += ", the exact weighted sum of the updates (--method svd for a lower rank)"
     elif made.method not in weigh.EXACT:
         lines[0] += f", density {weigh.density(options):g}"
+    if made.rows:
+        count = sum(len(ids) for ids, _ in made.rows.values())
+        lines.append(
+            f"{count} trained rows of {' and '.join(made.rows)}: the base's and the weighted sum of their changes"
+        )
     if made.method in weigh.FACTORS:
         lines[0] += f", on the factors as PEFT means it (--method {made.method}_svd works on the updates)"
     if made.method != options.method:
@@ -151,7 +166,7 @@ def _said(made: weigh.Weighed, opened: Sequence[_Opened], options: weigh.Options
     return lines
 
 
-def _open(parts: Sequence[Part], terminal: Terminal) -> list[_Opened]:
+def _open(parts: Sequence[Part], terminal: Terminal, method: str) -> list[_Opened]:
     """The runs and their adapters. Raises with everything that keeps any of them from being merged."""
     opened: list[_Opened] = []
     errors: list[FinetuneError] = []
@@ -161,7 +176,7 @@ def _open(parts: Sequence[Part], terminal: Terminal) -> list[_Opened]:
         except FinetuneError as error:
             errors.append(error)
             continue
-        if faults := [*_beyond(opened[-1]), *_differing(opened[-1], opened[0])]:
+        if faults := [*_beyond(opened[-1], method), *_differing(opened[-1], opened[0])]:
             errors.append(ModelError.of(faults))
     if errors:
         raise type(errors[0]).of([fault for error in errors for fault in error.faults])
@@ -184,7 +199,7 @@ def _opened(part: Part, terminal: Terminal) -> _Opened:
     return _Opened(part=part, run=run, adapter=adapter, config=config)
 
 
-def _beyond(each: _Opened) -> list[Fault]:
+def _beyond(each: _Opened, method: str) -> list[Fault]:
     """What of an adapter PEFT's arithmetic cannot carry: it refuses some, and leaves the rest out without a word."""
     faults = []
     if each.config.get("use_dora"):
@@ -192,12 +207,11 @@ def _beyond(each: _Opened) -> list[Fault]:
     if whole := each.config.get("modules_to_save"):
         what = f"{', '.join(whole)} was trained whole, which PEFT cannot add"
         faults.append(Fault(what, each.name, "train without modules_to_save"))
-    if each.config.get("trainable_token_indices"):
-        what = "rows of embedding and head were trained, which PEFT cannot add"
-        faults.append(Fault(what, each.name, "train with trainable_tokens: none"))
-    if not faults and each.adapter.others:
-        what = f"{next(iter(each.adapter.others))} is no pair of LoRA factors"
-        faults.append(Fault(what, each.name, "train plain LoRA"))
+    if each.config.get("trainable_token_indices") and method not in weigh.EXACT:
+        what = f"rows of embedding and head were trained, of which {method} says nothing"
+        faults.append(Fault(what, each.name, f"use --method {' or '.join(weigh.EXACT)}"))
+    if not faults and (strange := [name for name in each.adapter.others if not name.endswith(weigh.ROWS)]):
+        faults.append(Fault(f"{strange[0]} is no pair of LoRA factors", each.name, "train plain LoRA"))
     return faults
 
 

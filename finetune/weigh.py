@@ -18,7 +18,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ EXACT = ("linear", "cat", "svd")
 FACTORS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = (*EXACT, *(form for word in FACTORS for form in (word, f"{word}_svd")))
 """PEFT's words for ``combination_type``."""
+ROWS = ".token_adapter.trainable_tokens_delta"
+"""What PEFT calls the values of trained rows."""
+Rows = tuple[tuple[int, ...], torch.Tensor]
+"""Token ids, and their rows' values: fp32 [ids, hidden]."""
 DENSITY = 0.5
 """The fraction of values that a pruning method keeps where none is given. 0.2, as in the TIES paper, lost more in most
 merges of two tiny adapters of unlike tasks; 0.8 was better for one run and worse for the other."""
@@ -67,10 +71,12 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """The merged update of each module, and the method that made it: an svd form where the ranks made one needed."""
+    """The merged update of each module, and the method that made it: an svd form where the ranks made one needed;
+    ``rows``: of each matrix that had some trained, which and with what values."""
 
     updates: dict[str, Update]
     method: str
+    rows: dict[str, Rows] = field(default_factory=dict)
 
     def peft(self, base: Iterable[str], name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """PEFT's config and weights. ``base``: the names of the base's tensors; ``name``: what the config calls it."""
@@ -82,9 +88,11 @@ class Weighed:
         ranks = {module: update.rank for module, update in self.updates.items()}
         usual = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
         odd = {re.escape(module): rank for module, rank in sorted(ranks.items()) if rank != usual}
+        trained = {name.rpartition(".")[2]: list(ids) for name, (ids, _) in self.rows.items()}
         fields = LoraConfig(
             task_type="CAUSAL_LM", inference_mode=True, base_model_name_or_path=name, r=usual, lora_alpha=usual,
             rank_pattern=odd, alpha_pattern=dict(odd),
+            trainable_token_indices=trained or None,
         ).to_dict()  # fmt: skip
         targets = sorted(kinds) if alike == set(self.updates) else sorted(self.updates)
         config = {**fields, "peft_type": "LORA", "target_modules": targets}
@@ -92,6 +100,7 @@ class Weighed:
         for module, update in sorted(self.updates.items()):
             weights[f"{PREFIX}{module}.lora_A.weight"] = update.a.contiguous()
             weights[f"{PREFIX}{module}.lora_B.weight"] = update.b.contiguous()
+        weights |= {f"{PREFIX}{name}{ROWS}": values for name, (_, values) in self.rows.items()}
         return dict(sorted(config.items())), weights
 
 
@@ -114,6 +123,29 @@ def weigh(
         updates[module] = made
         progress(done, len(modules))
     return Weighed(updates=updates, method=method)
+
+
+def weigh_rows(
+    adapters: Sequence[Adapter], configs: Sequence[dict[str, Any]], shares: Sequence[float],
+    base: Callable[[str, Sequence[int]], torch.Tensor],
+) -> dict[str, Rows]:  # fmt: skip
+    """Trained rows of embedding and head, which PEFT's arithmetic leaves out: base + Σ w (row - base), each row over
+    the runs that trained it. ``base`` reads rows of a matrix by its module's name."""
+    found: dict[str, Rows] = {}
+    for name in dict.fromkeys(key.removesuffix(ROWS) for one in adapters for key in one.others if key.endswith(ROWS)):
+        having = [
+            (next(ids for word, ids in config["trainable_token_indices"].items() if name.endswith(word)), one, share)
+            for one, config, share in zip(adapters, configs, shares, strict=True)
+            if f"{name}{ROWS}" in one.others
+        ]
+        wanted = sorted({token for ids, _, _ in having for token in ids})
+        before = base(name, wanted).float()
+        after = before.clone()
+        for ids, one, share in having:
+            at = torch.tensor([wanted.index(token) for token in ids])
+            after[at] += share * (one.others[f"{name}{ROWS}"].float() - before[at])
+        found[name] = (tuple(wanted), after)
+    return found
 
 
 def _method(adapters: Sequence[Adapter], options: Options) -> str:

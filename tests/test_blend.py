@@ -18,6 +18,7 @@ from finetune.errors import DataError, EnvironmentFault, FinetuneError, ModelErr
 from finetune.terminal import Terminal
 from finetune.weigh import Options
 from tests import runs
+from tests.runs import awake
 
 A, B, OUT = Path("runs/a"), Path("runs/b"), Path("out")
 SHORT = ("train.steps=1", "train.save_every=1")
@@ -162,13 +163,12 @@ def test_the_written_adapter_folds_into_the_base(here: Path) -> None:
 
 
 def test_everything_wrong_comes_at_once(here: Path) -> None:
-    found = "\n".join(refused("runs/a:1", "runs/dora:1", "runs/whole:1", "runs/rows:1", "runs/none:1"))
-    assert len(found.splitlines()) == 6
+    found = "\n".join(refused("runs/a:1", "runs/dora:1", "runs/whole:1", "runs/none:1"))
+    assert len(found.splitlines()) == 5
     assert "runs/dora: DoRA's lengths cannot be added" in found
     assert "runs/dora: its base was held as fp32, computed in fp32, that of runs/a as nf4" in found
     assert "runs/whole: lm_head was trained whole" in found
     assert "runs/whole: its base is not that of runs/a" in found
-    assert "runs/rows: rows of embedding and head were trained" in found
     assert "runs/none: this is not a run folder" in found
 
 
@@ -179,6 +179,30 @@ def test_a_merged_folder_is_no_run(here: Path) -> None:
     found = refused("sum:1", "merged:1")
     assert found[0].startswith("sum: this is a weighted merge already")
     assert found[1].startswith("merged: this is a merged model, without its adapter")
+
+
+def test_trained_rows_are_summed_as_the_updates_are(here: Path) -> None:
+    """base + Σ w (row - base), which PEFT's arithmetic leaves out without a word; PEFT and a merge then read them."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    awake(Path("runs/rows/adapter"))
+    _, said = go("runs/a:0.7", "runs/rows:0.25")
+    assert "trained rows of" in said
+    made, own = (load_file(folder / "adapter_model.safetensors") for folder in (OUT, Path("runs/rows/adapter")))
+    base = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    (token,) = json.loads((OUT / "adapter_config.json").read_text())["trainable_token_indices"]["lm_head"]
+    for matrix in ("model.embed_tokens", "lm_head"):
+        key = f"base_model.model.{matrix}.token_adapter.trainable_tokens_delta"
+        before = base.get_submodule(matrix).weight[token]
+        wanted = before + 0.25 * (own[key][0] - before)
+        assert torch.allclose(made[key][0], wanted, atol=1e-6)
+        assert not torch.allclose(wanted, before, atol=1e-3)
+    assert PeftModel.from_pretrained(base, str(OUT)).peft_config["default"].trainable_token_indices
+    assert runs.finetune("merge", str(OUT), "--out", "merged").code == 0
+    with pytest.raises(ModelError, match=r"rows of embedding and head were trained, of which ties says nothing"):
+        go("runs/a:0.7", "runs/rows:0.25", out=Path("other"), method="ties")
 
 
 def test_another_method_is_refused(here: Path) -> None:

@@ -46,6 +46,18 @@ def test_a_merged_folder_is_exported_as_it_is(finished: Path, knows: Callable[..
     assert left() == {"model.gguf"}
 
 
+def test_a_release_is_exported_as_its_card_says(finished: Path, knows: Callable[..., None], runtime: str) -> None:
+    options = ("--data-licence", "cc0-1.0", "--allow-unknown-licence")
+    assert finetune("release", str(OUTPUT), "--out", "published", *options).code == 0
+    said = finetune("export", "published", "--to", "ollama", "--out", "for-ollama")
+    assert (said.code, said.err) == (0, "")
+    assert finetune("verify", "published").code == 0
+    (Path("published") / "NOTICE").write_text("other")
+    said = finetune("export", "published", "--to", "ollama", "--out", "again")
+    assert said.code == 4
+    assert "NOTICE" in said.err
+
+
 def test_the_adapter_alone(finished: Path, knows: Callable[..., None], runtime: str) -> None:
     awake(OUTPUT / "adapter")
     said = finetune("export", str(OUTPUT), "--to", "gguf", "--adapter-only", "--out", str(FILE))

@@ -56,6 +56,10 @@ def listed(messages: object, column: str) -> tuple[Turn, ...]:
 
 def turn_of(message: object, place: str) -> Turn:
     """One message as a turn. Raises RowFault."""
+    if type(message) is dict and len(message) == 2:  # as nearly all are: a role, a text, and nothing to judge
+        word, content = message.get("role"), message.get("content")
+        if type(word) is str and type(content) is str and word in ROLES and word != CALL:
+            return Turn(ROLES[word], content)
     if not isinstance(message, Mapping):
         fix = 'write {"role": …, "content": …}'
         raise RowFault(place, f"is {shown(message)}, not a message", fix, code="wrong_type")

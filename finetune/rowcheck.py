@@ -129,7 +129,18 @@ def _any_of(tokens: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
     return min(shared, default=""), re.compile("|".join(map(re.escape, found)) or "(?!)")
 
 
+@functools.lru_cache(maxsize=1024)
+def _in_order(roles: tuple[str, ...]) -> bool:
+    """Whether these roles may follow each other so, up to an answer."""
+    before = ("", *roles)
+    return roles[-1:] == ("assistant",) and all(
+        after in NEXT.get(role, ()) for role, after in zip(before, roles, strict=False)
+    )
+
+
 def _check_order(turns: tuple[Turn, ...]) -> None:
+    if _in_order(tuple([turn.role for turn in turns])) and turns[-1].answers:
+        return
     if len(turns) == 1 and turns[0].role == TEXT:
         return
     if not any(turn.role == "assistant" for turn in turns):

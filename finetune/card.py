@@ -34,7 +34,9 @@ class Card:
 
         licence = self.terms.licence
         known = bool(licence and licence.on_hub)
-        more: Facts = {} if known else {"license_name": licence.id if licence else "unknown", "license_link": "LICENSE"}
+        more: Facts = {} if known else {"license_name": licence.id if licence else "unknown"}
+        if not known and (self.terms.texts or (licence and licence.text)):
+            more["license_link"] = "LICENSE"
         merged = "merged" in self.parts
         if self.terms.base_on_hub:
             more |= {"base_model": self.terms.base, "base_model_relation": "finetune" if merged else "adapter"}

@@ -108,7 +108,7 @@ def _called(run: Path) -> str:
 
 
 def _refuse_place(out: Path) -> None:
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise EnvironmentFault("something is there already", str(out), "give another --out, or remove it")
     clear_leftovers_of(out)
 

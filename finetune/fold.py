@@ -86,11 +86,11 @@ def dithered(value: torch.Tensor, name: str) -> torch.Tensor:
     bits = value.contiguous().view(torch.int32).view(-1)
     half = (bits.numel() + 1) // 2
     drawn = torch.from_numpy(np.random.SFC64(_seed(name)).random_raw((half + 1) // 2).view(np.int32))[:half]
-    # 32 bits are the noise of two values far apart. Odd numbers below half a step: no sum lies in the middle between
-    # two steps, so that rounding it to the nearest is rounding the value at random.
-    bits[half:] += drawn.bitwise_right_shift(16).bitwise_or_(1)[: bits.numel() - half]
-    bits[:half] += drawn.bitwise_left_shift_(16).bitwise_right_shift_(16).bitwise_or_(1)
-    return bits.view(torch.float32).view(value.shape).to(torch.bfloat16)
+    # 32 bits are the noise of two values far apart, 0 to 2^16 - 1 each. It only adds to a magnitude, and then the lower
+    # half is cut off: a zero stays one.
+    bits[half:] += drawn.bitwise_right_shift(16).bitwise_and_(0xFFFF)[: bits.numel() - half]
+    bits[:half] += drawn.bitwise_and_(0xFFFF)
+    return bits.bitwise_and_(-(1 << 16)).view(torch.float32).view(value.shape).to(torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)

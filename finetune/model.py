@@ -188,7 +188,10 @@ def attach_saved(policy: Policy, folder: Path) -> Policy:
     config = LoraConfig.from_pretrained(folder)
     config.inference_mode = False
     config.base_model_name_or_path = policy.model.name_or_path  # its digests were compared; the folder may have moved
-    model = get_peft_model(policy.model, config)
+    try:
+        model = get_peft_model(policy.model, config)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:  # what a strange config leads to there
+        raise ModelError(f"PEFT cannot attach it: {error}", str(folder), "fetch the adapter again") from None
     adapted = _adapted(policy, model)
     load_adapter(model, load_file(folder / "adapter_model.safetensors"), folder)
     return adapted

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from finetune import certify, gguf_file, hardware, llamacpp, model, proof, sourc
 from finetune.base import Base
 from finetune.dataset import Example
 from finetune.errors import EnvironmentFault, FinetuneError, ModelError
-from finetune.loading import BaseForm
 from finetune.objectives import sft
 from finetune.terminal import Terminal
 from finetune.trained import Trained
@@ -119,11 +118,10 @@ def _answers(one: Model, pair: Sequence[Model], samples: Sequence[Example], term
     if one.base is None:
         return _of_gguf(one.path, samples, terminal)
     if one.given is not None:
-        return proof.distributions(one.given.live(), samples)
+        return proof.distributions(one.given.live(wide=certify.fits(one.base, certify.WIDE)), samples)
     other = next((each.given for each in pair if each.given is not None), None)
-    machine = hardware.detect()
-    compute = other.form.compute if other is not None else "fp32"
-    form = BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
+    narrow = replace(certify.WIDE, weights="bf16", compute="bf16", device=hardware.detect().device)
+    form = certify.proof_form(one.base, other.form if other is not None else narrow)
     fits = certify.fits(one.base, form)
     return proof.distributions((model.load_base if fits else model.stream_base)(one.base, form), samples)
 

@@ -51,7 +51,7 @@ def release(
         "parts": parts, "data_licence": data_licence, "signed": key is not None,
     }  # fmt: skip
     digest = manifest.digest_bytes(json_bytes(made_of))
-    if out.exists():
+    if out.exists() or out.is_symlink():
         _refuse_other(out, digest)
         terminal.say(f"{out} is this release already: nothing to do")
         return

@@ -19,33 +19,22 @@ _OF = {"--target": ("adapter",), "--quantize": ("gguf", "ollama"), "--adapter-on
 """Options of an export, and what they belong to."""
 
 
+_RUNS = "a run's folder, an adapter's, or several runs with weights: a:0.7 b:0.3"
+_BASE = "auto (what is nearer to the live model), replayed (as trained against) or original (as published)"
+_METHOD = "of several: linear (the exact sum), svd, ties, dare_ties, …, as PEFT spells them"
+
+
 def merge(
-    runs: Annotated[
-        list[str],
-        typer.Argument(
-            help="a run's folder, an adapter's, or several runs with weights: a:0.7 b:0.3", show_default=False
-        ),
-    ],
+    runs: Annotated[list[str], typer.Argument(help=_RUNS, show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not exist")],
-    base: Annotated[
-        str,
-        typer.Option(
-            "--base",
-            help="auto (what is nearer to the live model), replayed (as trained against) or original (as published)",
-        ),
-    ] = "auto",
+    base: Annotated[str, typer.Option("--base", help=_BASE)] = "auto",
     layout: Annotated[
         str, typer.Option("--layout", help="native (plain transformers) or original (the first Qwen's own)")
     ] = "native",
     correct: Annotated[
         int, typer.Option("--correct", help="correct the published base towards the quantised one at this rank", min=0)
     ] = 0,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method", help="of several: linear (the exact sum), svd, ties, dare_ties, …, as PEFT spells them"
-        ),
-    ] = "linear",
+    method: Annotated[str, typer.Option("--method", help=_METHOD)] = "linear",
     density: Annotated[
         float | None, typer.Option("--density", help="of several: the fraction of values that ties and dare keep")
     ] = None,
@@ -72,6 +61,9 @@ def merge(
     if len(runs) > 1 or (not Path(runs[0]).exists() and ":" in runs[0]):
         pipeline.blend(runs, out, Terminal(), method, density, seed, rank)
         return
+    of_several = {"--method": method != "linear", "--density": density is not None, "--rank": rank is not None}
+    if given := [option for option, said in of_several.items() if said]:
+        raise typer.BadParameter("is of several runs with weights", param_hint=given[0])
     bare = {"name": model, "quantised_as": quantised_as, "rows": rows}
     asked = {"base": base, "layout": layout, "correct": correct}
     pipeline.merge(Path(runs[0]), out, asked, Terminal(), **bare)

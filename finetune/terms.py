@@ -97,8 +97,10 @@ def refuse(terms: Terms, *, allow_unknown: bool) -> None:
         if any(part in one.licence.lower() for part in _NO_DERIVATIVES)
     ]
     if not allow_unknown:
-        fix = "say it with --data-licence, put the licence's text beside it, or give --allow-unknown-licence"
-        faults += [Fault(what, "release", fix) for what in terms.missing()]
+        beside, go_on = "put its text beside it", "or give --allow-unknown-licence"
+        for what in terms.missing():
+            say = "say it with --data-licence, " if "of the data" in what else ""
+            faults.append(Fault(what, "release", f"{say}{beside}, {go_on}"))
     if faults:
         raise EnvironmentFault.of(faults)
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError
+
 from finetune import (
     adapter_file,
     checkpoint,
@@ -18,6 +21,7 @@ from finetune import (
     gather,
     hardware,
     identity,
+    manifest,
     merge,
     model,
     source,
@@ -56,7 +60,7 @@ _PROBES = (
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """An adapter on its base. ``folder`` is the adapter's; ``run`` the finished run that it is of, if one is known;
-    ``sha256``: the digests of the base's files."""
+    ``sha256``: the digests of the base's files; ``by_peft``: its effect is not in pairs of matrices alone."""
 
     base: Base
     name: str
@@ -67,17 +71,20 @@ class Trained:
     folder: Path
     rows: Sequence[Example]
     run: Run | None
+    by_peft: bool = False
 
-    def live(self) -> Policy:
-        """The trained model as it trained. Raises as ``model.attach_saved``."""
+    def live(self, *, wide: bool = False) -> Policy:
+        """The trained model as it trained; ``wide``: the same weights, activations in fp32.
+
+        Raises as ``model.attach_saved``.
+        """
         base = model.load_base(self.base, self.form)
-        if self.is_lora():
-            return model.attach_saved(base, self.folder)
-        return replace(base, model=whole.attach(base.model, self.folder), adapted=True)
-
-    def is_lora(self) -> bool:
-        """Whether its update can be read from pairs of matrices; of other methods PEFT alone knows it."""
-        return bool(checkpoint.read_adapter(self.folder).config["peft_type"] == "LORA")
+        if wide:
+            # What is packed stays packed, and is dequantised as it was. The model's own ``float`` refuses to do this.
+            torch.nn.Module.float(base.model)
+        if self.by_peft:
+            return replace(base, model=whole.attach(base.model, self.folder), adapted=True)
+        return model.attach_saved(base, self.folder)
 
     def is_quantised(self) -> bool:
         """Whether the base as it was trained against is another one than the published."""
@@ -143,27 +150,51 @@ def of_adapter(
         fix = "name its folder with --model, or fetch it: finetune plan with `model:` set to it says how"
         raise ModelError(f"the base {asked} is not on this disk", str(folder), fix)
     base = bases.inspect(found.folder, record.get("rope"))
+    if faults := merge.empty(checkpoint.read_adapter(folder).weights):
+        raise ModelError.of([fault._replace(where=str(folder)) for fault in faults[:20]])
     digests = base.digests()
     if known["sha256"] and known["sha256"] != digests:
         raise ModelError("the base is not the one that this adapter was trained on", asked, "name that one: --model")
+    form = _form(record.get("form"), quantised_as, base)
     return Trained(
-        base=base, name=asked, commit=found.commit, sha256=digests, rope=record.get("rope"),
-        form=_form(record.get("form"), quantised_as, base), folder=folder, rows=rows_for(base, rows), run=None,
+        base=base, name=asked, commit=found.commit, sha256=digests, rope=record.get("rope"), form=form, folder=folder,
+        rows=rows_for(base, rows), run=None, by_peft=not _folds(folder, base, form),
     )  # fmt: skip
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """PEFT's config of an adapter folder. Raises ModelError where the adapter is none, damaged, or says nothing."""
+    """PEFT's config of an adapter folder. Raises ModelError where the adapter is none, or damaged."""
     config = read_json(folder / adapter_file.CONFIG)
-    if isinstance(config, dict) and config.get("peft_type") == "LORA":
-        return adapter_file.read(folder)[1]
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise ModelError("adapter_config.json is no config of PEFT's", str(folder), "fetch the adapter again")
     if not (folder / adapter_file.WEIGHTS).is_file():
-        raise ModelError(f"no {adapter_file.WEIGHTS} here", str(folder), "fetch the adapter again")
-    if faults := merge.empty(checkpoint.read_adapter(folder).weights):
-        raise ModelError.of(faults[:20])
+        what, fix = f"no {adapter_file.WEIGHTS} here", "fetch the adapter again"
+        if (folder / "adapter_model.bin").is_file():
+            what, fix = (
+                "its weights are pickled, which can run code",
+                "let PEFT load it and save it anew (save_pretrained)",
+            )
+        raise ModelError(what, str(folder), fix)
+    if faults := manifest.faults(folder) if (folder / manifest.NAME).is_file() else []:
+        raise ModelError(faults[0], str(folder), "fetch the adapter again")
+    try:
+        checkpoint.read_adapter(folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"its weights cannot be read: {error}", str(folder), "fetch the adapter again") from None
     return config
+
+
+def _folds(folder: Path, base: Base, form: BaseForm) -> bool:
+    """Whether the fold alone knows all that this adapter does; of what is left, PEFT does."""
+    read = checkpoint.read_adapter(folder)
+    if read.config["peft_type"] != "LORA":
+        return False
+    try:
+        adapter_file.read(folder)
+        merge.make_plan(base, form, read.weights, read.config, replayed=True)
+    except ModelError:
+        return False
+    return True
 
 
 def _form(stored: Any, quantised_as: str | None, base: Base) -> BaseForm:

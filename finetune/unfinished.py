@@ -40,6 +40,8 @@ def folder(path: Path, made_of: Any, keep: Sequence[str]) -> Iterator[Path]:
         temporary.rename(path)
         sync_folder(path.parent)
     except (EnvironmentFault, KeyboardInterrupt):
+        if not any(entry.match(pattern) for entry in temporary.iterdir() for pattern in keep):
+            remove(temporary)  # there is nothing to go on with
         raise
     except OSError as error:
         raise disk_fault(error, path) from error

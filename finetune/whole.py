@@ -31,9 +31,11 @@ def attach(model: Any, folder: Path) -> Any:
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-        strange = sorted(set(checkpoint.read_adapter(folder).weights) - set(get_peft_model_state_dict(adapted)))
+            known = set(get_peft_model_state_dict(adapted))
+        strange = sorted(set(checkpoint.read_adapter(folder).weights) - known)
         if strange:  # of these PEFT says nothing
             raise ValueError(f"{strange[0]} fits nothing")
         return adapted
@@ -45,8 +47,8 @@ def attach(model: Any, folder: Path) -> Any:
 def apply(
     base: Base, form: BaseForm, folder: Path, out: Path, layout: str, progress: Callable[[int, int], None],
     *, replayed: bool,
-) -> int:  # fmt: skip
-    """Write the merged shards into the folder ``out``; → the tensors that changed.
+) -> None:  # fmt: skip
+    """Write the merged shards into the folder ``out``.
 
     Raises:
         EnvironmentFault: the model does not fit this machine's memory.
@@ -59,18 +61,13 @@ def apply(
     folding = Folding(folds={name: Fold(replay=True) for name in names}, form=form, weights={})
     held = BaseForm(weights="fp32", double=False, compute="fp32", device="cpu")
     adapted = attach(loading.load(base, held, change=folding.whole), folder)
-    owners = [name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "base_layer")]
-    changed = {f"{name}.{part}" for name in owners for part in ("weight", "bias")} & set(base.tensors)
     try:
         state = adapted.merge_and_unload().state_dict()
-    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"PEFT cannot merge this method: {error}", str(folder), "serve it with PEFT") from None
 
     def after(name: str, rows: shards.Rows) -> Any:
-        if name not in changed and name not in names:
-            return rows.blocks()
-        dtype = shards.TORCH_DTYPES[base.tensors[name].dtype]
-        return [dithered(state[name], name) if dtype == torch.bfloat16 else state[name].to(dtype)]
+        dtype = shards.TORCH_DTYPES[base.tensors[name].dtype]  # what was not changed lies on its grid, and stays
+        return [dithered(state[name].clone(), name) if dtype == torch.bfloat16 else state[name].to(dtype)]
 
     shards.rewrite(base, out, layout, after, progress)
-    return len(changed)

@@ -15,13 +15,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = ["cli", "datacli", "shipcli", "options", "pipeline", "chat"]
 ROAD = [
-    "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "blend",
+    "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "train", "run", "look",
     "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats", "similar", "texts", "report",
-    "plan", "targets", "budget", "whole", "merge", "fold", "proof", "scores", "evaluate", "metrics", "devices",
-    "loop", "checkpoint", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window",
-    "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base",
-    "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "plan", "targets", "budget", "merge", "fold", "proof", "scores", "evaluate", "metrics", "devices", "loop",
+    "checkpoint", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
+    "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
+    "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [

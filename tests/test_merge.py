@@ -288,6 +288,10 @@ def test_an_update_below_a_step_of_bf16_is_not_swallowed() -> None:
     assert torch.equal(found, dithered(wanted.clone(), "model.layers.0.mlp.up_proj.weight"))
     assert not torch.equal(found, dithered(wanted.clone(), "model.layers.1.mlp.up_proj.weight"))
     assert torch.equal(dithered(base.float(), "x"), base)
+    # Nothing to round, or nearly nothing: next to zero a draw must not reach the other sign, or what is no number.
+    for value in (0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38, 3e38, float("inf")):
+        found = dithered(torch.full((999,), value), "x").float()
+        assert bool(((found == value) | ((found - value).abs() <= max(abs(value) * 2**-7, 1e-40))).all()), value
 
 
 def test_a_correction_is_the_nearest_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:

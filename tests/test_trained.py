@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def foreign(**fields: Any) -> None:
     for name, value in made.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.05)
-    made.save_pretrained(BARE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it saves the head too
+        made.save_pretrained(BARE)
 
 
 def logits(folder: str, adapter: Path | None = None) -> torch.Tensor:
@@ -163,3 +166,53 @@ def test_any_other_method_is_merged_by_peft(
         wanted = logits("base", BARE)
         assert float((logits("out") - wanted).abs().max()) < 1e-4
         assert float((logits("base") - wanted).abs().max()) > 1e-2
+
+
+def test_what_the_fold_cannot_carry_goes_through_peft(work: Path, build_tiny: Callable[..., Path]) -> None:
+    """Trained biases, a head that PEFT saved with its update: no pair of matrices, and a merge all the same."""
+    shutil.rmtree("base")
+    build_tiny(Path("base"), dtype="float32", attention_bias=True, family="llama")
+    for fields in ({"bias": "all", "target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "lm_head"]}):
+        shutil.rmtree(BARE, ignore_errors=True)
+        shutil.rmtree("out", ignore_errors=True)
+        foreign(**fields)
+        said = merge()
+        assert said.code == 0, said.err
+        wanted = logits("base", BARE)
+        assert float((logits("out") - wanted).abs().max()) < 1e-4 < float((logits("base") - wanted).abs().max())
+    assert "is merged by PEFT itself" in said.out
+
+
+def test_a_damaged_adapter_is_named_before_it_is_merged(finished: Path) -> None:
+    """Its proof could not see it: both sides of the comparison would have the damage."""
+    shutil.copytree(OUTPUT / "adapter", BARE)
+    path = BARE / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert "adapter_model.safetensors is damaged" in merge().err
+    (BARE / "manifest.json").unlink()
+    config = BARE / "adapter_config.json"
+    whole = json.loads(config.read_text())
+    for change, what in (
+        ({"lora_alpha": 1e30}, "alpha or the weights are damaged"),
+        ({"r": 0}, "PEFT cannot attach it"),
+        ({"r": None}, "PEFT cannot attach it"),
+        ({"peft_type": "NOPE"}, "PEFT does not load this adapter"),
+    ):
+        config.write_text(json.dumps(whole | change))
+        said = merge()
+        assert said.code == 4, change
+        assert what in said.err
+    path.rename(BARE / "adapter_model.bin")
+    assert "its weights are pickled" in merge().err
+    assert {entry.name for entry in Path().iterdir() if entry.name.startswith("out")} == set()
+
+
+def test_options_of_several_runs_are_refused_for_one(finished: Path) -> None:
+    said = finetune("merge", str(OUTPUT), "--out", "out", "--density", "0.5")
+    assert said.code == 2
+    Path("out").symlink_to("nowhere")
+    said = finetune("merge", str(OUTPUT), "--out", "out")
+    assert said.code == 5
+    assert "something is there already" in said.err

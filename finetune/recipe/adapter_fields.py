@@ -143,6 +143,8 @@ def _field(key: str, value: Any, known: dict[str, FieldSource]) -> list[Finding]
     if key not in known:
         legal = ["method", *(word for word in FOLDED if word in known)]
         return [Finding((key,), f"unknown key; not a field of the installed PEFT's {METHOD}", did_you_mean(key, legal))]
+    if key == "trainable_token_indices":
+        return [Finding((key,), "refused: token rows are trained by name", "write trainable_tokens: [...] instead")]
     if key not in FOLDED:
         return [Finding((key,), "refused: merge cannot yet fold this field's effect", "remove it")]
     fragment = _fragment(key, known)

@@ -93,7 +93,7 @@ BAD: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
     ({"lora_rank": 4}, ("lora_rank",), "did you mean 'r'?"),
     ({"lora_alhpa": 4}, ("lora_alhpa",), "did you mean 'lora_alpha'?"),
     ({"peft_type": "LORA"}, ("peft_type",), "unknown key"),
-    ({"trainable_token_indices": [1]}, ("trainable_token_indices",), "merge cannot yet fold"),
+    ({"trainable_token_indices": [1]}, ("trainable_token_indices",), "token rows are trained by name"),
     ({"loftq_config": {}}, ("loftq_config",), "merge cannot yet fold"),
     ({"lora_bias": True}, ("lora_bias",), "merge cannot yet fold"),
     ({"r": 0}, ("r",), "from 1"),

@@ -85,7 +85,8 @@ def _say(out: Path, found: dict[str, Any], terminal: Terminal) -> None:
         compared = f"its answers were not compared: {ran['not_compared']}"
     else:
         ties = f", {ran['near_ties']} of them near ties" if ran.get("near_ties") else ""
-        compared = f"llama.cpp answers as transformers does: {ran['tokens']} greedy tokens{ties}"
+        before = "before it was quantised " if found["kind"] in gguf.QUANTISED else ""
+        compared = f"{before}llama.cpp answers as transformers does: {ran['tokens']} greedy tokens{ties}"
     terminal.say(f"{found['kind']}: {found['tensors']} tensors read back and compared; {compared}")
     terminal.say(f"GGUF: {out}   sha-256 {found['sha256'][:16]}")
 

@@ -40,7 +40,8 @@ def attach(model: Any, folder: Path) -> Any:
             raise ValueError(f"{strange[0]} fits nothing")
         return adapted
     except Exception as error:  # noqa: BLE001 - each method has its own ways to refuse
-        what = f"PEFT does not load this adapter: {str(error).splitlines()[0]}"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"PEFT does not load this adapter: {said}"
         raise ModelError(what, str(folder), "name the base that it was trained on") from None
 
 

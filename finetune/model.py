@@ -14,7 +14,7 @@ from finetune import loading
 from finetune import tokenizer as tokenizers
 from finetune.base import Base
 from finetune.errors import ModelError
-from finetune.kernels import frozen_linear, lora_linear, trained_rows, varlen_attention, whole_module
+from finetune.kernels import decoder_layer, frozen_linear, lora_linear, trained_rows, varlen_attention, whole_module
 from finetune.loading import BaseForm, Change
 from finetune.renderer import Renderer
 
@@ -52,8 +52,9 @@ class Policy:
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
         """Last hidden states of packed samples. ids, positions: [1, tokens] → [1, tokens, hidden]."""
+        layout = varlen_attention.lay_out(bounds, ids.device)
         with _attention(self.causal_lm, varlen_attention.register()):
-            output = self.causal_lm.model(input_ids=ids, position_ids=positions, use_cache=False, segment_bounds=bounds)
+            output = self.causal_lm.model(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
         states: torch.Tensor = output.last_hidden_state
         return states
 
@@ -169,6 +170,7 @@ def attach(policy: Policy, fields: dict[str, Any], seed: int) -> Policy:
 
 def _adapted(policy: Policy, model: Any) -> Policy:
     lora_linear.fuse(model)
+    decoder_layer.fuse(model)
     trained_rows.settle(model)
     whole_module.widen(model, policy.causal_lm.dtype)
     return Policy(

@@ -53,7 +53,7 @@ def exact(folder: Path) -> Policy:
     for name, module in list(causal_lm.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
-            norm.weight = module.weight
+            norm.weight, norm.variance_epsilon = module.weight, module.variance_epsilon
             causal_lm.set_submodule(name, norm)
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False

@@ -24,7 +24,7 @@ def main(job: Job) -> None:
     prepared = prepare.prepare(Path(job.recipe), overrides)
     run = Run(prepared, Terminal(quiet=True))
     course = run.course()
-    _check_same_work(job, course, prepared.examples)
+    _check_same_work(job, course, prepared.samples)
     policy = model.load_base(run.base, run.form())
     policy = model.attach(policy, prepared.plan.adapter_fields, course.seed)
     parameters = policy.trainable()
@@ -32,8 +32,8 @@ def main(job: Job) -> None:
     if recompute == "layers":
         policy.recompute_layers()
     optimizer = loop.make_optimizer(parameters, prepared.recipe.train.weight_decay)
-    events = loop.run(policy, sft, prepared.examples, course, optimizer)
-    watch, padded = Watch(job.skip), list[float]()
+    events = loop.run(policy, sft, prepared.samples, course, optimizer)
+    watch, padded = Watch(job.skip, job.turns), list[float]()
     watch.start()
     for step in range(len(job.steps)):
         if job.snapshots:

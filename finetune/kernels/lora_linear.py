@@ -1,9 +1,9 @@
 """Base linear and LoRA as one step of autograd: y = x Wᵀ + s (x Aᵀ) Bᵀ.
 
 PEFT owns the adapter's parameters, config and files; this replaces only how a forward and a backward are computed.
-It keeps x and x Aᵀ for the backward pass and nothing else, adds in place, rounds once, and works in the activations'
-dtype while A and B stay fp32 masters. A layer that it does not cover (dropout, DoRA, several adapters) goes through
-PEFT's own forward.
+It keeps x Aᵀ, and x where A is trained, for the backward pass and nothing else, adds in place, rounds once, and works
+in the activations' dtype while A and B stay fp32 masters. A layer that it does not cover (dropout, DoRA, several
+adapters) goes through PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _LoraMatmul(torch.autograd.Function):
         inner = rows @ low.T
         y = linear(rows, dense_weight(layer, x.dtype))
         y.addmm_(inner, high.T, alpha=scaling)
-        ctx.save_for_backward(rows, inner, a, b)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, inner, a, b)  # x is for A's gradient alone
         ctx.scaling, ctx.layer, ctx.shape = scaling, layer, x.shape
         return y.view(*x.shape[:-1], -1)
 
@@ -43,7 +43,7 @@ class _LoraMatmul(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         grad_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
         grad_b = (grad.T @ inner).to(b.dtype).mul_(ctx.scaling)
-        grad_a = (grad_inner.T @ rows).to(a.dtype)
+        grad_a = (grad_inner.T @ rows).to(a.dtype) if ctx.needs_input_grad[1] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dense_weight(ctx.layer, grad.dtype)

@@ -47,6 +47,8 @@ def test_state_goes_to_the_disk_and_back(
         for one in (optimizer, again)
     ]
     assert kinds[0] == kinds[1]
+    tables = {state["qmap1"].data_ptr() for state in again.state.values() if "qmap1" in state}
+    assert len(tables) == kind.endswith("8bit")  # its own buffers are filled, so that a card's can be paged out
     for which, at in ((policy, optimizer), (fresh, again)):
         pushed(which, at, 2)
     assert tiny.same(tiny.weights(policy), tiny.weights(fresh))

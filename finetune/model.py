@@ -78,12 +78,23 @@ class Policy:
         """No dropout and no gradients inside; with ``adapter`` false the base answers alone."""
         was_training = self.model.training
         self.model.eval()
-        without = self.model.disable_adapter() if self.adapted and not adapter else contextlib.nullcontext()
+        without = contextlib.nullcontext() if adapter else self.without_adapter()
         try:
             with torch.no_grad(), without:
                 yield
         finally:
             self.model.train(was_training)
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base alone inside. PEFT's switch leaves all of an adapter trainable, LoRA-FA's frozen A too: put back."""
+        frozen = [value for value in self.model.parameters() if not value.requires_grad]
+        try:
+            with self.model.disable_adapter() if self.adapted else contextlib.nullcontext():
+                yield
+        finally:
+            for value in frozen:
+                value.requires_grad_(False)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None) -> list[list[int]]:
         """Greedy answers to a batch of prompts, without the stop token. Call inside ``evaluating``."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from finetune import checkpoint, devices, loop, manifest, metrics, model
+from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
@@ -89,10 +90,12 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
     policy = model.load_base(run.base, run.form(), _loading_bar(run))
     policy = model.attach(policy, chosen.adapter_fields, course.seed)
-    parameters = policy.trainable()
     if run.identity.resolved["recompute"] == "layers":
         policy.recompute_layers()
-    optimizer = loop.make_optimizer(parameters, run.prepared.recipe.train.weight_decay)
+    wanted = run.prepared.recipe.train
+    optimizer = optimizers.make(
+        policy.model, wanted.optimizer, weight_decay=wanted.weight_decay, lora_plus_ratio=wanted.lora_plus_ratio
+    )
     scaler = torch.amp.GradScaler(chosen.device) if run.identity.resolved["compute"] == "fp16" else None
     start = _resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)

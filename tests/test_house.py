@@ -19,6 +19,7 @@ ROAD = [
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "train", "run", "look",
     "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats", "similar", "texts", "report",
     "plan", "targets", "budget", "merge", "fold", "proof", "scores", "evaluate", "metrics", "devices", "loop",
+    "optimizer",
     "checkpoint", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
     "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
     "tiktoken_file", "fetch", "headers", "identity", "hardware",

@@ -157,7 +157,7 @@ def test_small_rates_move_every_weight(tiny_base: Path, form: str) -> None:
     """Masters in bf16 would round nearly all of these updates away."""
     policy = tiny.adapt(tiny.load(tiny_base, form, "bf16"), wake=False)
     assert {value.dtype for value in policy.trainable().values()} == {torch.float32}
-    before, optimizer = tiny.weights(policy), loop.make_optimizer(policy.trainable(), 0.0)
+    before, optimizer = tiny.weights(policy), tiny.adamw(policy, 0.0)
     plan = tiny.course([(i % 8, (i + 3) % 8) for i in range(20)], peak_rate=1e-5)
     assert len(list(loop.run(policy, sft, tiny.samples(LENGTHS["ragged"]), plan, optimizer))) == 20
     after = tiny.weights(policy)

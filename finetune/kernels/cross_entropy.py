@@ -41,7 +41,8 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        losses, inverse = torch.empty(2, len(targets), dtype=wide(hidden[:1]).dtype, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=wide(hidden[:1]).dtype, device=hidden.device)
+        inverse = torch.empty_like(losses)
         rows = chunk_rows(len(weight), hidden.device.type)
         for low in range(0, len(targets), rows):
             part = slice(low, low + rows)
@@ -64,11 +65,11 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        gradient: torch.Tensor | None
         gradient, inverse = ctx.saved_tensors
         if gradient is None:
             return None, None, None
-        return (gradient * (inverse * grad_output)[:, None]).to(gradient.dtype), None, None
+        slope: torch.Tensor = (gradient * (inverse * grad_output)[:, None]).to(gradient.dtype)
+        return slope, None, None
 
 
 def losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:

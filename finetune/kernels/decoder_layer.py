@@ -37,7 +37,7 @@ class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inner, *ab = ctx.saved_tensors
-        rows = rms_norm.forward(x, weight, ctx.eps) if ab else x
+        rows = rms_norm.forward(x, weight, ctx.eps) if lora_linear.trains_a(ab) else None
         need_x = ctx.needs_input_grad[0]
         grad, to_ab = lora_linear.backward(grads, rows, inner, ctx.sites, ab, need_x=need_x)
         if grad is not None:
@@ -63,13 +63,13 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, gate, up, inner, inner_down, *ab = ctx.saved_tensors
         cut = _cut(ctx.sites)
-        product = swiglu.forward(gate, up) if ab[cut:] else gate
+        product = swiglu.forward(gate, up) if lora_linear.trains_a(ab[cut:]) else None
         slope, to_down = lora_linear.backward([grad], product, inner_down, ctx.sites[2:], ab[cut:], need_x=True)
         assert slope is not None
         del product
         slopes = swiglu.backward(gate, up, slope)
         del slope
-        rows = rms_norm.forward(x, weight, ctx.eps) if ab[:cut] else x
+        rows = rms_norm.forward(x, weight, ctx.eps) if lora_linear.trains_a(ab[:cut]) else None
         need_x = ctx.needs_input_grad[0]
         to_x, to_ab = lora_linear.backward(slopes, rows, inner, ctx.sites[:2], ab[:cut], need_x=need_x)
         if to_x is not None:

@@ -1,10 +1,10 @@
 """Base linear and LoRA as one step of autograd: y = x Wᵀ + s (x Aᵀ) Bᵀ.
 
 PEFT owns the adapter's parameters, config and files; this replaces only how a forward and a backward are computed.
-It keeps x and x Aᵀ for the backward pass and nothing else, adds in place, rounds once, and works in the activations'
-dtype while A and B stay fp32 masters. Linears with one input (query, key and value; gate and up) go through together:
-one product with all their A, and one buffer for the gradient of x. A layer that this does not cover (dropout, DoRA,
-several adapters) goes through PEFT's own forward.
+It keeps x Aᵀ, and x where A is trained, for the backward pass and nothing else, adds in place, rounds once, and works
+in the activations' dtype while A and B stay fp32 masters. Linears with one input (query, key and value; gate and up)
+go through together: one product with all their A, and one buffer for the gradient of x. A layer that this does not
+cover (dropout, DoRA, several adapters) goes through PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def matrices(sites: Sequence[Site]) -> list[torch.Tensor]:
     return [value for one in sites if one.a is not None and one.b is not None for value in (one.a, one.b)]
 
 
+def trains_a(ab: Tensors) -> bool:
+    """Whether any A is trained: the backward pass needs x for that alone."""
+    return any(a.requires_grad for a in ab[::2])
+
+
 def forward(rows: torch.Tensor, sites: Sequence[Site], ab: Tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
     """(each site's output [tokens, out], x Aᵀ of all adapted sites side by side [tokens, sum of r]).
 
@@ -73,9 +78,9 @@ def forward(rows: torch.Tensor, sites: Sequence[Site], ab: Tensors) -> tuple[lis
 
 
 def backward(
-    grads: Tensors, rows: torch.Tensor, inner: torch.Tensor, sites: Sequence[Site], ab: Tensors, *, need_x: bool
-) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """(the gradient of rows, those of ``ab``), from those of the outputs."""
+    grads: Tensors, rows: torch.Tensor | None, inner: torch.Tensor, sites: Sequence[Site], ab: Tensors, *, need_x: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """(the gradient of rows, those of ``ab``), from those of the outputs. ``rows``: None where no A is trained."""
     parts = iter(torch.split(inner, [len(a) for a in ab[::2]], dim=1))
     bs, slopes, to_b = iter(ab[1::2]), list[torch.Tensor](), list[torch.Tensor]()
     grad_x: torch.Tensor | None = None
@@ -90,7 +95,9 @@ def backward(
     if not ab:
         return grad_x, []
     slope = torch.cat(slopes, dim=1)
-    to_a = torch.split((slope.T @ rows).to(ab[0].dtype), [len(a) for a in ab[::2]])
+    to_a: Sequence[torch.Tensor | None] = [None] * len(slopes)
+    if rows is not None:
+        to_a = torch.split((slope.T @ rows).to(ab[0].dtype), [len(a) for a in ab[::2]])
     if grad_x is not None:
         grad_x.addmm_(slope, torch.cat([a.to(slope.dtype) for a in ab[::2]]))
     return grad_x, [value for pair in zip(to_a, to_b, strict=True) for value in pair]
@@ -101,7 +108,7 @@ class _LoraMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, sites: Sequence[Site], *ab: torch.Tensor) -> Any:
         rows = x.reshape(-1, x.shape[-1])
         outputs, inner = forward(rows, sites, ab)
-        ctx.save_for_backward(rows, inner, *ab)
+        ctx.save_for_backward(rows if trains_a(ab) else None, inner, *ab)
         ctx.sites, ctx.shape = sites, x.shape
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 

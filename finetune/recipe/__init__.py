@@ -121,6 +121,12 @@ class Train(_Section):
         default="cosine", description="shape of the learning rate after warmup"
     )
     warmup: Count = Field(default=0, description="steps over which the learning rate rises from 0 to its peak")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lora_fa", "riemannian"] = Field(
+        default="adamw", description="what turns gradients into updates, see docs/training.md"
+    )
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="LoRA+: the learning rate of LoRA's B matrices times this; null means one rate"
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         default=0.0, description="decoupled weight decay of the adapter"
     )

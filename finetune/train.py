@@ -89,10 +89,14 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
     policy = model.load_base(run.base, run.form(), _loading_bar(run))
-    policy = model.attach(policy, chosen.adapter_fields, course.seed)
-    if run.identity.resolved["recompute"] == "layers":
-        policy.recompute_layers()
     wanted = run.prepared.recipe.train
+    policy = model.attach(
+        policy, chosen.adapter_fields, course.seed, kernels=wanted.kernels != "off", compiled=wanted.compile is True
+    )
+    if run.identity.resolved["recompute"] != "none":
+        policy.recompute_layers(
+            run.identity.resolved.get("recomputed_layers"), offload=run.identity.resolved["recompute"] == "offload"
+        )
     optimizer = optimizers.make(
         policy.model, wanted.optimizer, weight_decay=wanted.weight_decay, lora_plus_ratio=wanted.lora_plus_ratio
     )

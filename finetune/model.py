@@ -177,6 +177,7 @@ def stream_base(base: Base, form: BaseForm, change: Change | None = None) -> Pol
 
 
 def _policy(base: Base, model: Any) -> Policy:
+    decoder_layer.fuse(model)  # also without an adapter, so that a model with and without one is computed alike
     tokenizer = tokenizers.of(base)
     renderer = Renderer(tokenizer, base.stop_token, piecewise=base.piecewise)
     return Policy(model=model, tokenizer=tokenizer, renderer=renderer, stop_token=base.stop_token, adapted=False)
@@ -204,7 +205,8 @@ def attach(
 def _adapted(policy: Policy, model: Any, *, kernels: bool = True, compiled: bool = False) -> Policy:
     if kernels:
         lora_linear.fuse(model)
-        decoder_layer.fuse(model, pointwise.compiled() if compiled else pointwise.PLAIN)
+    ways = pointwise.compiled() if compiled else pointwise.PLAIN
+    decoder_layer.fuse(model, ways if kernels else None)
     trained_rows.settle(model)
     whole_module.widen(model, policy.causal_lm.dtype)
     return replace(policy, model=model, adapted=True, kernels=kernels)

@@ -96,7 +96,9 @@ def _cut(sites: Sequence[Site]) -> int:
 
 
 class _Layer:
-    """Mixed into transformers' decoder layers."""
+    """Mixed into transformers' decoder layers. Without ``pointwise`` they are as they were."""
+
+    pointwise: Pointwise | None
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         attention, mlp = self.self_attn, self.mlp
@@ -104,8 +106,8 @@ class _Layer:
                   mlp.gate_proj, mlp.up_proj, mlp.down_proj)  # fmt: skip
         norms = [self.input_layernorm, self.post_attention_layernorm]
         norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        packed = kwargs.get("layout") is not None and kwargs.get("past_key_values") is None and not args
-        sites = [lora_linear.site(layer) for layer in layers] if packed else [None]
+        packed = not args and kwargs.get("layout") is not None and kwargs.get("past_key_values") is None
+        sites = [lora_linear.site(layer) for layer in layers] if packed and self.pointwise else [None]
         if None in sites or any(norm.weight.requires_grad for norm in norms):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
         x = hidden_states[0] + _attended(self, hidden_states[0], sites[:4], kwargs)  # type: ignore[arg-type]
@@ -138,9 +140,11 @@ def _attended(layer: Any, x: torch.Tensor, sites: Sequence[Site], arguments: dic
     return y
 
 
-def fuse(model: torch.nn.Module, pointwise: Pointwise = PLAIN) -> None:
-    """Give every decoder layer that this knows its fused steps, in place."""
+def fuse(model: torch.nn.Module, pointwise: Pointwise | None = PLAIN) -> None:
+    """Give every decoder layer that this knows its fused steps, in place; with None, take them away."""
     for module in model.modules():
+        if isinstance(module, _Layer):
+            module.pointwise = pointwise
         kind = type(module)
         if kind.__name__ in _KINDS and module.self_attn.config.hidden_act == "silu":  # type: ignore[union-attr]
             module.__class__ = type(f"Fused{kind.__name__}", (_Layer, kind), {"pointwise": pointwise})

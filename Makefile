@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-loss bench-data bench-merge notebooks clean
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-loss bench-data bench-merge notebooks clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -76,6 +76,10 @@ bench: base .venv-bench/installed
 # The loss of every case against the padded, unpacked reference.
 bench-loss: base .venv-bench/installed
 	$(RUN)/python benchmarks/train.py --loss
+
+# On any CUDA card; says so where there is none. TRL and Liger are measured where they are installed beside it.
+bench-gpu: setup
+	$(RUN)/python benchmarks/gpu.py
 
 bench-data: base
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock

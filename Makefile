@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-loss bench-data bench-merge notebooks clean
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge notebooks clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -80,6 +80,10 @@ bench-loss: base .venv-bench/installed
 # On any CUDA card; says so where there is none. TRL and Liger are measured where they are installed beside it.
 bench-gpu: setup
 	$(RUN)/python benchmarks/gpu.py
+
+# Cost over 2 to 32 times the work, and its picture.
+bench-scaling: base
+	$(RUN)/python benchmarks/scaling.py
 
 bench-data: base
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock

@@ -152,7 +152,9 @@ def check_loss(case: Case, steps: int, compute: str, huge_pages: bool) -> dict[s
         entry, truth = Entry(title="reference", module="reference"), None
         reference = turns.alone("reference", entry, watched, Path(folder), huge_pages)
         if compute != "fp32":
-            truth = turns.alone("truth", entry, replace(watched, compute="fp32"), Path(folder), huge_pages)
+            truth = turns.alone(
+                "truth", entry, replace(watched, compute="fp32", same_start=False), Path(folder), huge_pages
+            )
     same, bound = _largest_difference(ours["losses"], reference["same_weights"]), BOUNDS[job.compute]
     found = {
         "from_reference": same, "reference_wider": _largest_difference(*(reference[key] for key in _SAME)),

@@ -50,7 +50,8 @@ def main(job: Job) -> None:
     form = BaseForm(weights=job.weights, double=job.double, compute=job.compute, device=device())
     policy = attach(load_base(inspect(Path(job.base)), form), job.lora, job.seed, kernels=False)
     model = policy.model.train()
-    _refuse_other_start(job, model)
+    if job.same_start:
+        _refuse_other_start(job, model)
     parameters = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     watch, same_weights, under_autocast, wider = Watch(job.skip), [], [], []

@@ -108,7 +108,7 @@ def fit(
             micro = train.max_length
         if fitting >= micro or last:
             break
-    longest = min(micro, _step_tokens(recipe, load) or micro)
+    longest = min(micro, step_tokens(recipe, load) or micro)
     budget = Budget(
         weights=weights, adapter=4 * trained, gradients=4 * trained, optimizer=8 * trained,
         activations=(kept + live) * longest, head=head, generation=generation,
@@ -117,7 +117,7 @@ def fit(
     return option, micro, budget
 
 
-def _step_tokens(recipe: Recipe, load: Load | None) -> int | None:
+def step_tokens(recipe: Recipe, load: Load | None) -> int | None:
     """The most tokens that one step can hold, where that is known."""
     if recipe.train.tokens_per_step:
         return recipe.train.tokens_per_step

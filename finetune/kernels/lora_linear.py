@@ -52,7 +52,7 @@ class _LoraMatmul(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None
 
 
-def _covered(layer: Any) -> str | None:
+def covered(layer: Any) -> str | None:
     """The adapter's name where the fused step says the same as PEFT's forward, else None."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
@@ -67,7 +67,7 @@ class _Fused:
     """Mixed into PEFT's LoRA layers."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = None if args or kwargs else _covered(self)
+        name = None if args or kwargs else covered(self)
         if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         base = self.base_layer

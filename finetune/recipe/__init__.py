@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.errors import Fault, RecipeError
-from finetune.recipe import adapter_fields, checks, editor_schema, sources, wording
+from finetune.recipe import adapter_fields, checks, editor_schema, several, sources, wording
+from finetune.recipe.flat import Scalar, flattened
 from finetune.recipe.words import Finding
 
 _LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
 
-Scalar = str | int | float | bool
 Positive = Annotated[int, Field(ge=1, le=_LIMIT)]
 Count = Annotated[int, Field(ge=0, le=_LIMIT)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -195,10 +195,11 @@ class Recipe(_Section):
 
 
 class Located(NamedTuple):
-    """A recipe together with where each of its keys was written."""
+    """A recipe together with where each of its keys was written; ``name``: which of several adapters it is."""
 
     recipe: Recipe
     origins: sources.Origins
+    name: str = ""
 
     def where(self, key: str) -> str:
         """``file:line:column: key`` (or ``--set key``), for faults that only a later step can see."""
@@ -215,10 +216,33 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def locate(path: Path, overrides: Sequence[str] = ()) -> Located:
     """``load``, and where each key was written. Raises ``RecipeError`` with every fault found."""
+    found = locate_all(path, overrides)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        where = found[0].origins.where((several.KEY,))
+        raise RecipeError(
+            f"this asks for one run, the recipe has {names}", where, f"take one: --set {several.KEY}=NAME"
+        )
+    return found[0]
+
+
+def locate_all(path: Path, overrides: Sequence[str] = ()) -> list[Located]:
+    """The runs of a recipe: one, or one for each of its ``adapters:``, by name.
+
+    Raises ``RecipeError`` with every fault found.
+    """
     try:
-        tree, origins = sources.read(path, overrides)
+        variants = several.read(path, overrides, lambda: schema()["properties"])
     except RecipeError as error:
         raise RecipeError.of(wording.in_order(error.faults)) from None
+    judged = [(one, *_judged(one.tree, one.origins)) for one in variants]
+    if faults := several.faults([(one.name, found) for one, _, found in judged]):
+        raise RecipeError.of(wording.in_order(faults))
+    return [Located(recipe, one.origins, one.name) for one, recipe, _ in judged if recipe is not None]
+
+
+def _judged(tree: dict[str, Any], origins: sources.Origins) -> tuple[Recipe | None, list[Fault]]:
+    """A tree's recipe, if its keys have their types, and everything wrong with it."""
     section = tree.get("adapter")
     fields, findings = adapter_fields.check(section) if isinstance(section, dict) else ({}, [])
     recipe, errors = _validated(tree, fields)
@@ -227,9 +251,7 @@ def locate(path: Path, overrides: Sequence[str] = ()) -> Located:
     if errors or findings:
         faults += wording.word(errors, tree, origins, schema())
     faults += _further(tree, origins, [*findings, *checks.check(tree)], {fault.where for fault in faults})
-    if recipe is None or faults:
-        raise RecipeError.of(wording.in_order(faults))
-    return Located(recipe, origins)
+    return recipe, faults
 
 
 def _validated(tree: dict[str, Any], fields: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
@@ -273,17 +295,4 @@ def schema_text() -> str:
 
 def flatten(recipe: Recipe) -> dict[str, Scalar]:
     """The resolved recipe as ``{"train.steps": 12, ...}``: trackers refuse nested values and lists."""
-    flat: dict[str, Scalar] = {}
-    _flatten_into(flat, "", recipe.to_yaml_dict())
-    return flat
-
-
-def _flatten_into(flat: dict[str, Scalar], prefix: str, tree: dict[str, Any]) -> None:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            _flatten_into(flat, f"{name}.", value)
-        elif isinstance(value, list | tuple | dict):
-            flat[name] = ", ".join(map(str, value))
-        else:
-            flat[name] = "null" if value is None else value
+    return flattened(recipe.to_yaml_dict())

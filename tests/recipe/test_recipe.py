@@ -106,6 +106,7 @@ def test_list_of_keys_is_frozen() -> None:
         "evaluate": "metrics every rows max_new_tokens batch_rows",
         "tracker": None,
         "output": None,
+        "adapters": None,
     }
     properties = recipe.schema()["properties"]
     assert list(properties) == list(expected)

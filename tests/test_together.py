@@ -326,11 +326,28 @@ def test_plain_peft_loads_each(place: Path) -> None:
 
 
 def test_one_tracked_run_holds_the_curves_of_all(place: Path) -> None:
-    pytest.importorskip("tensorboard")
-    assert runs.train("tracker=tensorboard", "evaluate.metrics=[loss]").code == 0
-    written = b"".join(path.read_bytes() for path in (ROOT / "trackers").rglob("events*"))
-    assert b"wide/loss" in written
-    assert b"short/grad_norm" in written
+    done = runs.process(
+        "import sys; from finetune.cli import main; sys.argv = ['finetune', *sys.argv[1:]]; main()",
+        "train", "r.yaml", "--set", "tracker=trackio", "--set", "evaluate.metrics=[loss]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    read = runs.process(_TRACKIO, TRACKIO_DIR=str((place / "runs" / "trackio").absolute()))
+    assert read.returncode == 0, read.stderr
+    name, config, losses = json.loads(read.stdout.splitlines()[-1])
+    assert name == "all"
+    assert (config["wide.adapter.r"], config["short.train.seed"]) == (8, 5)
+    assert losses == {one: [line["loss"] for line in runs.metrics(ROOT / one)] for one in NAMES}
+
+
+_TRACKIO = """\
+import json
+from trackio.sqlite_storage import SQLiteStorage
+(run,) = SQLiteStorage.get_runs("finetune")
+rows = SQLiteStorage.get_logs("finetune", run)
+config = SQLiteStorage.get_run_config("finetune", run)
+losses = {one: [row[f"{one}/loss"] for row in rows if f"{one}/loss" in row] for one in ("short", "wide")}
+print(json.dumps([run, config, losses]))
+"""
 
 
 def test_other_verbs_ask_for_one(place: Path) -> None:

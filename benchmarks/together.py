@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/together.py                              # after make base: the 135M base, NF4
     .venv/bin/python benchmarks/together.py --tokens 128 512 --adapters 2 4 --rounds 3 --steps 4
-    .venv/bin/python benchmarks/together.py --wide                       # a random base whose dequantisation weighs more
+    .venv/bin/python benchmarks/together.py --wide                       # a random base of width 2048
 
-Run it from the repository's root, on a machine that does nothing else. Every contestant is a process of its own that loads
-the base and trains; the k single runs of a round are k processes.
+Run it from the repository's root, on a machine that does nothing else. Every contestant is a process of its own that
+loads the base and trains; the k single runs of a round are k processes.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ def child(recipe: Path, result: Path, overrides: list[str]) -> None:
 
 def _single(prepared: Any) -> Iterator[dict[str, float]]:
     from finetune import loop, model
+    from finetune import optimizer as optimizers
     from finetune.objectives import sft
     from finetune.run import Run
     from finetune.terminal import Terminal
@@ -172,13 +173,14 @@ def _single(prepared: Any) -> Iterator[dict[str, float]]:
     policy = model.attach(model.load_base(run.base, run.form()), prepared.plan.adapter_fields, course.seed)
     if prepared.plan.recompute == "layers":
         policy.recompute_layers()
-    optimizer = loop.make_optimizer(policy.trainable(), prepared.recipe.train.weight_decay)
+    optimizer = optimizers.make(policy.model)
     for event in loop.run(policy, sft, run.samples, course, optimizer):
         yield {prepared.located.name: event.loss}
 
 
 def _joint(prepared: Any) -> Iterator[dict[str, float]]:
-    from finetune import lockstep, loop, model, shared_base
+    from finetune import lockstep, model, shared_base
+    from finetune import optimizer as optimizers
     from finetune.objectives import sft
     from finetune.run import Run
     from finetune.terminal import Terminal
@@ -189,7 +191,7 @@ def _joint(prepared: Any) -> Iterator[dict[str, float]]:
     for run in runs:
         course, plan = run.course(), run.prepared.plan
         policy = model.attach(shared_base.view(base), plan.adapter_fields, course.seed)
-        optimizer = loop.make_optimizer(policy.trainable(), run.prepared.recipe.train.weight_decay)
+        optimizer = optimizers.make(policy.model)
         members.append(
             lockstep.Member(
                 name=run.prepared.located.name, policy=policy, examples=run.samples, course=course, optimizer=optimizer
@@ -240,7 +242,7 @@ def ratios(skip: int, found: dict[str, Any]) -> dict[str, float]:
 
 
 def _apart(found: dict[str, Any]) -> float:
-    """The largest relative difference of a step's loss from the single run's: rounding, as far as the course carries it."""
+    """The largest relative difference of a step's loss from the single run's: rounding, and what it grows to."""
     return max(
         abs(step[name] - own[name]) / own[name]
         for name in found

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune import optimizer
 from finetune.decoder import DecoderShape
 from finetune.hardware import Hardware
+from finetune.optimizer import Tensors
 from finetune.recipe import Recipe
 from finetune.schedule import Part
 
@@ -85,12 +87,19 @@ def token_bytes(shape: DecoderShape, compute: str, recompute: str) -> tuple[int,
 
 
 def fit(
-    recipe: Recipe, shape: DecoderShape, hardware: Hardware, compute: str, trained: int, load: Load | None
-) -> tuple[str, int, Budget]:
-    """(recompute, micro-batch tokens, budget): as many tokens at once as fit, recomputing only where it must."""
+    recipe: Recipe, shape: DecoderShape, hardware: Hardware, compute: str, tensors: Sequence[Tensors],
+    load: Load | None,
+) -> tuple[str, int, Budget]:  # fmt: skip
+    """(recompute, micro-batch tokens, budget): as many tokens at once as fit, recomputing only where it must.
+
+    ``tensors``: the adapter's.
+    """
     train, quantize = recipe.train, recipe.quantize
     weights = weight_bytes(quantize.weights, quantize.double, compute, shape)
-    fixed = weights + 16 * trained + int(_OVERHEAD[hardware.device])
+    adapter = 4 * sum(one.parameters for one in tensors)
+    gradients = 4 * sum(one.parameters for one in tensors if optimizer.is_trained(train.optimizer, one.role))
+    states = optimizer.state_bytes(train.optimizer, tensors)
+    fixed = weights + adapter + gradients + states + int(_OVERHEAD[hardware.device])
     head = _CHUNK * shape.vocab * (4 + 4 + BYTES[compute])
     room = hardware.free_memory * USABLE - fixed - head
     generation = _generation_bytes(recipe, shape, hardware, compute, load)
@@ -110,7 +119,7 @@ def fit(
             break
     longest = min(micro, step_tokens(recipe, load) or micro)
     budget = Budget(
-        weights=weights, adapter=4 * trained, gradients=4 * trained, optimizer=8 * trained,
+        weights=weights, adapter=adapter, gradients=gradients, optimizer=states,
         activations=(kept + live) * longest, head=head, generation=generation,
         overhead=int(_OVERHEAD[hardware.device]),
     )  # fmt: skip
@@ -150,6 +159,8 @@ def seconds(shape: DecoderShape, hardware: Hardware, recompute: str, load: Load,
     return (training + evaluating) / (hardware.flops * _EFFICIENCY[hardware.device])
 
 
-def output_bytes(recipe: Recipe, trained: int) -> int:
-    """Checkpoints hold the adapter and two moments in fp32; one more is being written while the last are kept."""
-    return (recipe.train.keep_last + 1) * 12 * trained + 4 * trained + 10_000_000
+def output_bytes(recipe: Recipe, tensors: Sequence[Tensors]) -> int:
+    """Checkpoints hold the adapter and the optimizer's state; one more is being written while the last are kept."""
+    adapter = 4 * sum(one.parameters for one in tensors)
+    saved = optimizer.saved_bytes(recipe.train.optimizer, tensors)
+    return (recipe.train.keep_last + 1) * (adapter + saved) + adapter + 10_000_000

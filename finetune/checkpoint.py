@@ -136,12 +136,25 @@ def read(path: Path) -> Checkpoint:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors named ``parameter|entry``."""
+    """The optimizer's state as flat tensors named ``parameter|entry``; a counter that is a number becomes int64."""
     return {
         f"{name}|{entry}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
-        for name, parameter in parameters.items()
-        for entry, value in optimizer.state.get(parameter, {}).items()
+        for name, (key, _) in _owners(optimizer, parameters).items()
+        for entry, value in optimizer.state.get(key, {}).items()
     }
+
+
+def _owners(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+) -> dict[str, tuple[Any, torch.nn.Parameter]]:
+    """Name in the file → where the optimizer keeps that state, and the parameter that it moves.
+
+    PEFT's LoRA-FA keeps it by name, and calls a pair of A and B by what stands before both.
+    """
+    if "names" not in optimizer.param_groups[0]:
+        return {name: (parameter, parameter) for name, parameter in parameters.items()}
+    pairs = {f"{name[: name.find('lora')]}lora" if "lora" in name else name: one for name, one in parameters.items()}
+    return {name: (name, parameter) for name, parameter in pairs.items()}
 
 
 def restore_optimizer(
@@ -152,15 +165,27 @@ def restore_optimizer(
     Raises:
         ModelError: the state belongs to other parameters.
     """
-    owners = {key.rpartition("|")[0] for key in tensors}
-    if owners - set(parameters):
-        raise ModelError(
-            f"the optimizer state has {sorted(owners - set(parameters))[0]}, the adapter has not", "checkpoint"
-        )
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("|")
-        parameter = parameters[name]
-        optimizer.state[parameter][entry] = value if value.ndim == 0 else value.to(parameter.device)
+    owners = _owners(optimizer, parameters)
+    strangers = {key.rpartition("|")[0] for key in tensors} - set(owners)
+    if strangers:
+        raise ModelError(f"the optimizer state has {sorted(strangers)[0]}, the adapter has not", "checkpoint")
+    if hasattr(optimizer, "init_state"):  # bitsandbytes': it makes its buffers itself, those that can be paged too
+        known = {id(owners[key.rpartition("|")[0]][1]) for key in tensors}
+        for index, group in enumerate(optimizer.param_groups):
+            for number, parameter in enumerate(group["params"]):
+                if id(parameter) in known:
+                    optimizer.init_state(group, parameter, index, number)
+    for name_and_entry, value in tensors.items():
+        name, _, entry = name_and_entry.rpartition("|")
+        key, parameter = owners[name]
+        state = optimizer.state[key]
+        buffer = state.get(entry)
+        if isinstance(buffer, torch.Tensor) and (buffer.dtype, buffer.shape) == (value.dtype, value.shape):
+            buffer.copy_(value)
+        elif value.dtype == torch.int64 and value.ndim == 0:
+            state[entry] = int(value)
+        else:
+            state[entry] = value if value.ndim == 0 else value.to(parameter.device)
 
 
 def read_adapter(folder: Path) -> Checkpoint:

@@ -23,6 +23,7 @@ _UNROUTABLE = {
         "dropout draws its noise for a whole pass, so that none would have that of its own run",
         "set it to 0",
     ),
+    "use_dora": ("DoRA's norms need a pass of its own over the base's weights for each adapter", "set it to false"),
     "modules_to_save": (
         "a module that is trained whole cannot be shared, each adapter would need its own",
         "remove it",
@@ -89,9 +90,11 @@ def fit(members: Sequence[Member], hardware: Hardware, *, must_fit: bool) -> lis
     }  # fmt: skip
     train = first.located.recipe.train.model_copy(update=at_once)
     recipe = first.located.recipe.model_copy(update={"train": train})
-    trained = sum(member.plan.trainable for member in members)
-    recompute, micro, found = budget.fit(recipe, first.shape, hardware, first.plan.compute, trained, first.load)
-    found = replace(found, generation=max(member.plan.budget.generation for member in members))
+    budgets = [member.plan.budget for member in members]
+    every = {name: sum(getattr(one, name) for one in budgets) for name in ("adapter", "gradients", "optimizer")}
+    left = replace(hardware, free_memory=hardware.free_memory - int(sum(every.values()) / budget.USABLE))
+    recompute, micro, found = budget.fit(recipe, first.shape, left, first.plan.compute, (), first.load)
+    found = replace(found, generation=max(one.generation for one in budgets), **every)
     usable = hardware.free_memory * budget.USABLE + found.overhead
     if must_fit and found.total > usable:
         what = f"all adapters need about {found.total / 1e9:.1f} GB, at most {usable / 1e9:.1f} GB can be used here"

@@ -107,14 +107,15 @@ def _passes(
     return {who: totals[who] / counts[who] for who in totals}
 
 
-def _packed(batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """ids, positions [1, tokens] and bounds of all batches, one after the other."""
-    bounds = [0]
+def _packed(batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], list[int]]:
+    """ids, positions [1, tokens] and bounds of all batches, one after the other; where all but the first begin."""
+    bounds, cuts = [0], list[int]()
     for batch in batches:
         low = bounds[-1]
+        cuts.append(low)
         bounds += [low + bound for bound in batch.bounds[1:]]
     ids, positions = (torch.cat([getattr(batch, name) for batch in batches], dim=1) for name in ("ids", "positions"))
-    return ids, positions, tuple(bounds)
+    return ids, positions, tuple(bounds), cuts[1:]
 
 
 @contextlib.contextmanager

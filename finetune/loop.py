@@ -18,6 +18,7 @@ import torch
 from finetune import schedule
 from finetune.errors import ModelError
 from finetune.interrupts import out_of_reach
+from finetune.optimizer import RATIO
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
@@ -65,11 +66,6 @@ class StepDone:
     samples: int
     seconds: float
     loss_scale: float | None
-
-
-def make_optimizer(parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) over the adapter's fp32 masters, PyTorch's betas."""
-    return torch.optim.AdamW(parameters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
 
 class _StepBatches(torch.utils.data.Dataset[Any]):
@@ -167,7 +163,7 @@ def _update(
     scale); only a scale that has reached 1 makes it a fault.
     """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATIO, 1.0)
     if scaler:
         scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))

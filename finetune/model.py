@@ -14,7 +14,7 @@ from finetune import loading
 from finetune import tokenizer as tokenizers
 from finetune.base import Base
 from finetune.errors import ModelError
-from finetune.kernels import frozen_linear, lora_linear, trained_rows, varlen_attention, whole_module
+from finetune.kernels import decoder_layer, frozen_linear, lora_linear, trained_rows, varlen_attention, whole_module
 from finetune.loading import BaseForm, Change
 from finetune.renderer import Renderer
 
@@ -50,10 +50,16 @@ class Policy:
         longest: int = self.causal_lm.config.max_position_embeddings
         return longest
 
-    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
-        """Last hidden states of packed samples. ids, positions: [1, tokens] → [1, tokens, hidden]."""
+    def hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...], cuts: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Last hidden states of packed samples. ids, positions: [1, tokens] → [1, tokens, hidden].
+
+        ``cuts``: bounds between samples that are to be computed as if they were in packs of their own.
+        """
+        layout = varlen_attention.lay_out(bounds, ids.device, cuts)
         with _attention(self.causal_lm, varlen_attention.register()):
-            output = self.causal_lm.model(input_ids=ids, position_ids=positions, use_cache=False, segment_bounds=bounds)
+            output = self.causal_lm.model(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
         states: torch.Tensor = output.last_hidden_state
         return states
 
@@ -77,12 +83,23 @@ class Policy:
         """No dropout and no gradients inside; with ``adapter`` false the base answers alone."""
         was_training = self.model.training
         self.model.eval()
-        without = self.model.disable_adapter() if self.adapted and not adapter else contextlib.nullcontext()
+        without = contextlib.nullcontext() if adapter else self.without_adapter()
         try:
             with torch.no_grad(), without:
                 yield
         finally:
             self.model.train(was_training)
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base alone inside. PEFT's switch leaves all of an adapter trainable, LoRA-FA's frozen A too: put back."""
+        frozen = [value for value in self.model.parameters() if not value.requires_grad]
+        try:
+            with self.model.disable_adapter() if self.adapted else contextlib.nullcontext():
+                yield
+        finally:
+            for value in frozen:
+                value.requires_grad_(False)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None) -> list[list[int]]:
         """Greedy answers to a batch of prompts, without the stop token. Call inside ``evaluating``."""
@@ -169,6 +186,7 @@ def attach(policy: Policy, fields: dict[str, Any], seed: int) -> Policy:
 
 def _adapted(policy: Policy, model: Any) -> Policy:
     lora_linear.fuse(model)
+    decoder_layer.fuse(model)
     trained_rows.settle(model)
     whole_module.widen(model, policy.causal_lm.dtype)
     return Policy(

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune import budget, schedule, targets
+from finetune import budget, optimizer, schedule, targets
 from finetune.budget import Budget, Load
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
+from finetune.optimizer import Tensors
 from finetune.recipe import Located, Recipe
 from finetune.schedule import Part
 from finetune.targets import Target
@@ -43,6 +44,8 @@ class Plan:
     supervised_tokens: int | None
     targets: tuple[Target, ...]
     whole_parameters: int
+    frozen_parameters: int
+    """Of the adapter's, those that the optimizer leaves as they begin: LoRA-FA's A."""
     adapter_fields: dict[str, Any]
     budget: Budget
     free_memory: int
@@ -54,7 +57,8 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return self.whole_parameters + sum(target.adapter_parameters for target in self.targets)
+        adapter = sum(target.adapter_parameters for target in self.targets)
+        return adapter + self.whole_parameters - self.frozen_parameters
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"memory": self.budget.total, "trainable_parameters": self.trainable}
@@ -114,10 +118,11 @@ def make(
         what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
         raise RecipeError(what, located.where("train.max_length"), _longer(shape, recipe.rope))
     compute = compute_dtype(recipe, hardware)
-    whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
-    trained = selection.trained - selection.whole + whole
-    recompute, micro, predicted = budget.fit(recipe, shape, hardware, compute, trained, load)
-    remarks = [*notes, *_remarks(recipe, hardware, compute)]
+    row_tensors = [Tensors("whole", shape.hidden * len(ids), 1) for ids in (rows or {}).values()]
+    tensors = [*selection.tensors, *row_tensors]
+    recompute, micro, predicted = budget.fit(recipe, shape, hardware, compute, tensors, load)
+    kind = recipe.train.optimizer
+    remarks = [*notes, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device)]
     if selection.whole:
         remarks.append(f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32")
     if predicted.total > hardware.free_memory * budget.USABLE + predicted.overhead:
@@ -143,10 +148,12 @@ def make(
         steps=len(steps) if steps is not None else recipe.train.steps,
         samples=len(chosen) if load else None, tokens=tokens,
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
-        targets=selection.targets, whole_parameters=whole, adapter_fields=fields,
+        targets=selection.targets, whole_parameters=selection.whole + sum(one.elements for one in row_tensors),
+        frozen_parameters=sum(one.parameters for one in tensors if not optimizer.is_trained(kind, one.role)),
+        adapter_fields=fields,
         budget=predicted, free_memory=hardware.free_memory,
         seconds=budget.seconds(shape, hardware, recompute, load, tokens) if load and tokens else None,
-        output=recipe.output, output_bytes=budget.output_bytes(recipe, trained),
+        output=recipe.output, output_bytes=budget.output_bytes(recipe, tensors),
         notes=tuple(remarks), unchecked=tuple(unchecked),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 Each adapter is attached to a view of the base: modules of its own that hold the very same weights. PEFT sees one model
 with one adapter, so that parameters, start, config and files are those of a run of its own, and so is every answer
 between two steps. One more view is the joint policy. Where an adapter changed a module of the base it has a routed one,
-which gives each adapter's rows to that adapter's module (kernels/lora_routed.py).
+which gives each adapter's rows to that adapter (kernels/lora_routed.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from finetune.errors import ModelError
-from finetune.kernels.lora_routed import Routed, Routes
+from finetune.kernels import decoder_layer, lora_linear
+from finetune.kernels.lora_linear import Site
+from finetune.kernels.lora_routed import RoutedSite, Share
 from finetune.model import Policy
 
 
@@ -35,6 +39,44 @@ def _view(module: Any) -> Any:
             made.__dict__[name] = copy.copy(value)
     made._modules = {name: _view(child) for name, child in module._modules.items()}
     return made
+
+
+class Routes:
+    """Whose rows are whose in the pass that runs now: (low, high, member) in order, together all of them."""
+
+    def __init__(self) -> None:
+        self.places: tuple[tuple[int, int, int], ...] = ()
+
+
+class Routed(torch.nn.Module):
+    """One place of the base as several adapters have it. It owns no parameters: they are the adapters' own.
+
+    Where an adapter is not covered by the fused step (DoRA, token rows), each range goes through its own module.
+    """
+
+    def __init__(self, base: torch.nn.Module, theirs: Sequence[torch.nn.Module], routes: Routes) -> None:
+        super().__init__()
+        self.shared = (base, tuple(theirs), routes)  # in a tuple: torch would take modules for its own
+
+    def routed_site(self) -> RoutedSite | None:
+        """The linear with its adapters, as ``lora_linear`` takes it; None where one of them is not covered."""
+        base, theirs, routes = self.shared
+        shares = []
+        for low, high, who in routes.places:
+            own = lora_linear.site(theirs[who])
+            if not isinstance(own, Site):
+                return None
+            if own.a is not None and own.b is not None:
+                shares.append(Share(low=low, high=high, scaling=own.scaling, a=own.a, b=own.b))
+        return RoutedSite(base=base, shares=tuple(shares))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [1, tokens, in], or ids [1, tokens]."""
+        base, theirs, routes = self.shared
+        site = self.routed_site() if isinstance(base, torch.nn.Linear) else None
+        if site is None:
+            return torch.cat([theirs[who](x[:, low:high]) for low, high, who in routes.places], dim=1)
+        return lora_linear.apply(x, (site,))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +112,7 @@ def join(base: Policy, members: Sequence[Policy]) -> Joint:
         ModelError: an adapter has changed more than single modules.
     """
     routes = Routes()
+    decoder_layer.fuse(base.model)
     _weave(base.causal_lm.model, [member.causal_lm.model for member in members], routes)
     return Joint(policy=base, members=tuple(members), routes=routes)
 
@@ -77,11 +120,11 @@ def join(base: Policy, members: Sequence[Policy]) -> Joint:
 def _weave(joint: Any, theirs: Sequence[Any], routes: Routes) -> None:
     for name, child in joint._modules.items():
         found = [module._modules[name] for module in theirs]
-        if all(module is child for module in found):
-            continue
         if not child._modules:
-            joint._modules[name] = Routed(child, found, routes)
-        elif all(type(module) is type(child) for module in found):
+            # A linear that no adapter touches as well: those with one input go through together.
+            if isinstance(child, torch.nn.Linear) or any(module is not child for module in found):
+                joint._modules[name] = Routed(child, found, routes)
+        elif all(module._modules.keys() == child._modules.keys() for module in found):
             _weave(child, found, routes)
         else:
             raise ModelError(f"an adapter replaces {name} as a whole", "adapters", "train them one after the other")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import Fault, RecipeError
+from finetune.optimizer import Tensors
 
 if TYPE_CHECKING:
     from finetune.recipe import Located
@@ -33,14 +35,13 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """``targets`` get an update of low rank; ``whole`` counts the parameters trained whole (``modules_to_save``)."""
+    """``targets`` get an update of low rank; ``whole`` counts the parameters trained whole (``modules_to_save``);
+    ``tensors`` are those of both.
+    """
 
     targets: tuple[Target, ...]
     whole: int
-
-    @property
-    def trained(self) -> int:
-        return self.whole + sum(target.adapter_parameters for target in self.targets)
+    tensors: tuple[Tensors, ...]
 
 
 def select(located: Located, shape: DecoderShape) -> Selection:
@@ -59,7 +60,9 @@ def select(located: Located, shape: DecoderShape) -> Selection:
     for name in chosen:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
     targets = tuple(_target(kind, members, fields, shape) for kind, members in kinds.items())
-    return Selection(targets=targets, whole=_whole_parameters(fields, shape))
+    whole = _whole_sizes(fields, shape)
+    tensors = (*_low_rank_tensors(chosen, fields, shape), *(Tensors("whole", size, 1) for size in whole))
+    return Selection(targets=targets, whole=sum(whole), tensors=tensors)
 
 
 def modules(shape: DecoderShape) -> list[str]:
@@ -158,22 +161,35 @@ def _whole_faults(fields: dict[str, Any], names: list[str], shape: DecoderShape,
 
 
 def _target(kind: str, members: list[str], fields: dict[str, Any], shape: DecoderShape) -> Target:
-    out, inside = shape.linear(kind) if kind in LINEARS else (shape.vocab, shape.hidden)
-    pattern = fields.get("rank_pattern") or {}
-    added = 0
-    for name in members:
-        rank = next((r for word, r in pattern.items() if _pattern_hits(word, name)), fields["r"])
-        added += rank * (out + inside) + (out if fields.get("use_dora") else 0)
+    out, inside = _size(kind, shape)
+    added = sum(one.parameters for one in _low_rank_tensors(members, fields, shape))
     return Target(
         module=kind, count=len(members), shape=(out, inside),
         base_parameters=len(members) * out * inside, adapter_parameters=added,
     )  # fmt: skip
 
 
-def _whole_parameters(fields: dict[str, Any], shape: DecoderShape) -> int:
+def _size(kind: str, shape: DecoderShape) -> tuple[int, int]:
+    return shape.linear(kind) if kind in LINEARS else (shape.vocab, shape.hidden)
+
+
+def _low_rank_tensors(names: list[str], fields: dict[str, Any], shape: DecoderShape) -> list[Tensors]:
+    """What PEFT adds to these modules: A [rank, in], B [out, rank] and DoRA's magnitude [out] each."""
+    pattern = fields.get("rank_pattern") or {}
+    found: Counter[tuple[str, int]] = Counter()
+    for name in names:
+        out, inside = _size(name.rpartition(".")[2], shape)
+        rank = next((r for word, r in pattern.items() if _pattern_hits(word, name)), fields["r"])
+        found["A", rank * inside] += 1
+        found["B", rank * out] += 1
+        found["magnitude", out] += bool(fields.get("use_dora"))
+    return [Tensors(role, elements, count) for (role, elements), count in found.items() if count]
+
+
+def _whole_sizes(fields: dict[str, Any], shape: DecoderShape) -> list[int]:
     names = fields.get("modules_to_save") or []
-    return sum(
+    return [
         math.prod(size)
         for tensor, size in shape.tensors().items()
         if any(tensor.rpartition(".")[0].endswith(name) for name in names)
-    )
+    ]

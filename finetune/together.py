@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, devices, hardware, lockstep, loop, metrics, model, shared_base
+from finetune import checkpoint, devices, hardware, lockstep, metrics, model, shared_base
 from finetune import train as training
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
@@ -181,8 +181,7 @@ def _seat(student: Student, base: Policy, start: int, session: Session) -> Seate
     run, own = student.run, min(start, student.total)
     saved: Checkpoint | None = checkpoint.read(run.folder.checkpoints / checkpoint.folder_name(own)) if own else None
     policy = model.attach(shared_base.view(base), run.prepared.plan.adapter_fields, student.course.seed)
-    optimizer = loop.make_optimizer(policy.trainable(), run.prepared.recipe.train.weight_decay)
-    scaler = torch.amp.GradScaler(run.prepared.plan.device) if run.identity.resolved["compute"] == "fp16" else None
+    optimizer, scaler = training.optimizer_of(run, policy)
     training.resume(run, policy, optimizer, scaler, saved)
     named = replace(session, prefix=f"{student.name}/")
     log = StepLog(run.folder.metrics, named, Terminal(quiet=True), student.total, own)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from finetune import checkpoint, devices, loop, manifest, metrics, model
+from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
@@ -99,11 +100,9 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
     policy = model.load_base(run.base, run.form(), loading_bar(run))
     policy = model.attach(policy, chosen.adapter_fields, course.seed)
-    parameters = policy.trainable()
     if run.identity.resolved["recompute"] == "layers":
         policy.recompute_layers()
-    optimizer = loop.make_optimizer(parameters, run.prepared.recipe.train.weight_decay)
-    scaler = torch.amp.GradScaler(chosen.device) if run.identity.resolved["compute"] == "fp16" else None
+    optimizer, scaler = optimizer_of(run, policy)
     start = resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
@@ -129,6 +128,16 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     write_adapter(run, policy)
     run.judge(policy, "after")
     finish(run, done)
+
+
+def optimizer_of(run: Run, policy: Policy) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
+    """The recipe's optimizer, and fp16's loss scaler where the run computes in that."""
+    wanted = run.prepared.recipe.train
+    made = optimizers.make(
+        policy.model, wanted.optimizer, weight_decay=wanted.weight_decay, lora_plus_ratio=wanted.lora_plus_ratio
+    )
+    fp16 = run.identity.resolved["compute"] == "fp16"
+    return made, torch.amp.GradScaler(run.prepared.plan.device) if fp16 else None
 
 
 def finish(run: Run, steps: int) -> None:

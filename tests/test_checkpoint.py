@@ -207,7 +207,7 @@ def trained(folder: Path) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Op
     from finetune.objectives import sft
 
     policy = tiny.adapt(tiny.load(folder))
-    optimizer = loop.make_optimizer(policy.trainable(), 0.01)
+    optimizer = tiny.adamw(policy, 0.01)
     list(loop.run(policy, sft, tiny.samples([5, 6]), tiny.course([(0,), (1,)]), optimizer))
     return policy.trainable(), optimizer
 
@@ -219,7 +219,7 @@ def test_optimizer_state_goes_there_and_back(tiny_base: Path, folder: Path) -> N
     checkpoint.save(folder, state(2, moments=moments), 1)
     saved = checkpoint.newest(folder, silent)
     assert saved is not None
-    fresh = loop.make_optimizer(parameters, 0.01)
+    fresh = torch.optim.AdamW(parameters.values())
     checkpoint.restore_optimizer(fresh, parameters, saved.moments)
     for parameter in parameters.values():
         one, two = optimizer.state[parameter], fresh.state[parameter]

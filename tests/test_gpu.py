@@ -60,6 +60,21 @@ def test_repeat_and_resume_are_bit_identical(recipe: Callable[..., list[str]], t
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "parts" / weights).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lora_fa", "riemannian"])
+def test_every_optimizer_resumes_bit_identical(recipe: Callable[..., list[str]], tmp_path: Path, kind: str) -> None:
+    """Rank 1024: tensors large enough for 8-bit states, and for bitsandbytes to page them (from 100,000 values)."""
+    keys = {"train__optimizer": kind, "train__schedule": "constant", "adapter__r": 1024, "quantize__weights": "bf16"}
+    keys |= {"adapter__modules_to_save": "[lm_head]", "adapter__lora_alpha": 1024}
+    if kind in ("lora_fa", "riemannian"):
+        keys |= {"adapter__r": 8, "adapter__lora_alpha": 8}
+    assert main_in_process(recipe("whole", **keys)) == 0
+    assert main_in_process(recipe("parts", train__steps=6, **keys)) == 0
+    assert main_in_process([*recipe("parts", **keys), "--extend"]) == 0
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "parts" / weights).read_bytes()
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+
+
 def test_the_original_qwen_layout_trains_and_goes_back(
     recipe: Callable[..., list[str]], tmp_path: Path, build_tiny: Callable[..., Path]
 ) -> None:

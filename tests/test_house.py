@@ -19,8 +19,8 @@ ROAD = [
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "together", "train", "run", "look",
     "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats", "similar", "texts", "report",
     "joint_plan", "plan", "targets", "budget", "merge", "fold", "proof", "scores", "evaluate", "metrics", "devices",
-    "lockstep", "loop", "checkpoint", "shared_base", "model", "loading", "control_tokens", "tokenizer", "store",
-    "samples", "window", "renderer",
+    "lockstep", "loop", "optimizer", "checkpoint", "shared_base", "model", "loading", "control_tokens", "tokenizer",
+    "store", "samples", "window", "renderer",
     "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
     "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip

@@ -41,7 +41,7 @@ def closed_form(kind: str, step: int, warmup: int) -> float:
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
 def test_logged_rate_is_the_one_applied_and_the_closed_form(tiny_base: Path, kind: str, warmup: int) -> None:
     policy = tiny.adapt(tiny.load(tiny_base), target_modules=["q_proj"])
-    optimizer = loop.make_optimizer(policy.trainable(), 0.0)
+    optimizer = tiny.adamw(policy, 0.0)
     plan = tiny.course([(3,)] * TOTAL, peak_rate=PEAK, warmup=warmup, kind=kind)
     for event in loop.run(policy, sft, tiny.samples(LENGTHS), plan, optimizer):
         assert event.learning_rate == pytest.approx(closed_form(kind, event.step, warmup), rel=1e-12)
@@ -53,7 +53,7 @@ def test_rate_and_decay_act_as_adamw_says(tiny_base: Path) -> None:
     before = tiny.weights(policy)
     examples, plan = tiny.samples(LENGTHS), tiny.course([(1,)], peak_rate=0.01, max_grad_norm=math.inf)
     (gradient,) = tiny.gradients(policy, examples, plan)
-    list(loop.run(policy, sft, examples, plan, loop.make_optimizer(policy.trainable(), 0.1)))
+    list(loop.run(policy, sft, examples, plan, tiny.adamw(policy, 0.1)))
     for name, value in tiny.weights(policy).items():
         # Algorithm 2 at its first step: the bias-corrected moments are the gradient and its square.
         step = gradient[name] / (gradient[name].abs() + 1e-8)
@@ -101,7 +101,7 @@ def test_training_mode_is_set_even_after_an_evaluation(tiny_base: Path) -> None:
 
 def full_run(policy: Policy, plan: Course, **settings: Any) -> tuple[list[StepDone], list[tuple[str, ...]]]:
     watched = tiny.Watched()
-    optimizer = loop.make_optimizer(policy.trainable(), 0.01)
+    optimizer = tiny.adamw(policy, 0.01)
     events = list(loop.run(policy, watched, tiny.samples(LENGTHS), plan, optimizer, **settings))
     return events, watched.rows
 
@@ -125,7 +125,7 @@ def scaler(compute: str) -> torch.amp.GradScaler | None:
 def stopped_and_resumed(folder: Path, store: Path, plan: Course, stop: int, compute: str) -> Iterator[Any]:
     """Train to ``stop``, save, forget everything, load, train on. Yields the events, then the policy."""
     policy, watched, loss_scaler = dropping(folder, compute=compute), tiny.Watched(), scaler(compute)
-    optimizer = loop.make_optimizer(policy.trainable(), 0.01)
+    optimizer = tiny.adamw(policy, 0.01)
     events = loop.run(policy, watched, tiny.samples(LENGTHS), plan, optimizer, scaler=loss_scaler)
     yield from tiny.take(events, stop)
     state = Checkpoint(
@@ -138,7 +138,7 @@ def stopped_and_resumed(folder: Path, store: Path, plan: Course, stop: int, comp
     checkpoint.save(store, state, 2)
     events.close()
     next_policy, next_scaler = dropping(folder, compute=compute), scaler(compute)
-    optimizer = loop.make_optimizer(next_policy.trainable(), 0.01)
+    optimizer = tiny.adamw(next_policy, 0.01)
     saved = checkpoint.newest(store, print)
     assert saved is not None
     model.load_adapter(next_policy.model, saved.weights, store)

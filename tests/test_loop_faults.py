@@ -30,7 +30,7 @@ def test_loss_that_is_not_finite_names_its_rows(tiny_base: Path, value: float) -
     poison(policy, token, value)
     events = loop.run(
         policy, sft, examples, tiny.course([(0, 1), (2, 4, 3)], micro_batch_tokens=1),
-        loop.make_optimizer(policy.trainable(), 0.0),
+        tiny.adamw(policy, 0.0),
     )  # fmt: skip
     assert next(events).step == 1
     before = tiny.weights(policy)
@@ -42,7 +42,7 @@ def test_loss_that_is_not_finite_names_its_rows(tiny_base: Path, value: float) -
 def test_many_rows_are_named_by_the_first_eight(tiny_base: Path) -> None:
     policy, examples = tiny.adapt(tiny.load(tiny_base)), tiny.samples([4] * 11)
     poison(policy, examples[10].ids[0])
-    events = loop.run(policy, sft, examples, tiny.course([range(11)]), loop.make_optimizer(policy.trainable(), 0.0))
+    events = loop.run(policy, sft, examples, tiny.course([range(11)]), tiny.adamw(policy, 0.0))
     with pytest.raises(ModelError, match=r"rows\.jsonl:7, rows\.jsonl:8 and 3 more: the loss of step 1"):
         next(events)
 
@@ -50,7 +50,7 @@ def test_many_rows_are_named_by_the_first_eight(tiny_base: Path) -> None:
 def test_rate_that_breaks_the_adapter_stops_the_next_step(tiny_base: Path) -> None:
     policy = tiny.adapt(tiny.load(tiny_base))
     plan = tiny.course([(0, 1), (2, 3), (4, 5)], peak_rate=1e30)
-    events = loop.run(policy, sft, tiny.samples(LENGTHS), plan, loop.make_optimizer(policy.trainable(), 0.0))
+    events = loop.run(policy, sft, tiny.samples(LENGTHS), plan, tiny.adamw(policy, 0.0))
     assert next(events).step == 1
     with pytest.raises(ModelError, match=r"rows\.jsonl:3, rows\.jsonl:4: the (loss|gradient) of step 2 is not finite"):
         next(events)
@@ -61,9 +61,7 @@ def test_gradient_that_is_not_finite_changes_nothing(tiny_base: Path, value: flo
     policy = tiny.adapt(tiny.load(tiny_base))
     before = tiny.weights(policy)
     next(iter(policy.trainable().values())).register_hook(lambda slope: slope * value)
-    events = loop.run(
-        policy, sft, tiny.samples(LENGTHS), tiny.course([(0, 1)]), loop.make_optimizer(policy.trainable(), 0.0)
-    )
+    events = loop.run(policy, sft, tiny.samples(LENGTHS), tiny.course([(0, 1)]), tiny.adamw(policy, 0.0))
     with pytest.raises(ModelError, match=r"rows\.jsonl:1, rows\.jsonl:2: the gradient of step 1 is not finite"):
         next(events)
     assert tiny.same(tiny.weights(policy), before)
@@ -90,7 +88,7 @@ def test_base_weight_that_is_not_finite_is_refused(
 
 def half_precision(folder: Path, scale: float) -> tuple[Policy, torch.optim.Optimizer, torch.amp.GradScaler]:
     policy = tiny.adapt(tiny.load(folder, "fp16", "fp16"))
-    return policy, loop.make_optimizer(policy.trainable(), 0.0), torch.amp.GradScaler("cpu", init_scale=scale)
+    return policy, tiny.adamw(policy, 0.0), torch.amp.GradScaler("cpu", init_scale=scale)
 
 
 def test_fp16_trains_and_its_gradient_is_unscaled(tiny_base: Path) -> None:

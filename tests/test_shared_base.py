@@ -9,9 +9,9 @@ import torch
 
 from finetune import model, shared_base
 from finetune.errors import ModelError
-from finetune.kernels.lora_routed import Routed
 from finetune.model import Policy
 from finetune.objectives import sft
+from finetune.shared_base import Routed
 from tests import tiny
 
 
@@ -56,11 +56,11 @@ def test_an_adapter_on_a_view_starts_as_on_the_base_itself(base: Policy, tiny_ba
     assert model.adapter_config(views[1].model, "b") == model.adapter_config(own.model, "b")
 
 
-def test_only_what_an_adapter_touches_is_routed(base: Policy) -> None:
+def test_linears_are_routed_and_what_else_an_adapter_touches(base: Policy) -> None:
     members = [tiny.adapt(shared_base.view(base), target_modules=[name]) for name in ("q_proj", "up_proj")]
     joint = shared_base.join(base, members)
     routed = {name.rpartition(".")[2] for name, one in joint.policy.model.named_modules() if isinstance(one, Routed)}
-    assert routed == {"q_proj", "up_proj"}
+    assert routed == set(tiny.FIELDS["target_modules"])
     assert not joint.policy.trainable()
 
 

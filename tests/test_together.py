@@ -252,6 +252,7 @@ def test_lengthened_together(place: Path) -> None:
     ("old", "new", "code", "said"),
     [
         ("      r: 8\n", "      lora_dropout: 0.1\n", 2, "one after the other: --set adapters=NAME"),
+        ("      r: 8\n", "      use_dora: true\n", 2, "DoRA's norms need a pass of its own"),
         ("      r: 8\n", "      modules_to_save: [norm]\n", 2, "trained whole cannot be shared"),
         ("micro_batch_tokens: 256", "micro_batch_tokens: 200", 2, "must hold one example of each of 2 adapters (256)"),
         ("  - name: wide\n", "  - name: wide\n    quantize: nf4\n", 2, "is shared by all adapters"),

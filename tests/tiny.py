@@ -11,6 +11,7 @@ import torch
 
 from finetune import base as bases
 from finetune import model
+from finetune import optimizer as optimizers
 from finetune.dataset import Example
 from finetune.loading import BaseForm
 from finetune.loop import Course, StepDone, run
@@ -53,7 +54,7 @@ def exact(folder: Path) -> Policy:
     for name, module in list(causal_lm.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
-            norm.weight = module.weight
+            norm.weight, norm.variance_epsilon = module.weight, module.variance_epsilon
             causal_lm.set_submodule(name, norm)
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False
@@ -81,6 +82,10 @@ def course(steps: Sequence[Sequence[int]], **changes: Any) -> Course:
         "peak_rate": 1e-3, "warmup": 0, "kind": "constant", "max_grad_norm": 1.0, "micro_batch_tokens": 64, "seed": 0
     }  # fmt: skip
     return Course(steps=tuple(map(tuple, steps)), **(plain | changes))
+
+
+def adamw(policy: Policy, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    return optimizers.make(policy.model, weight_decay=weight_decay)
 
 
 class Recorder(torch.optim.SGD):

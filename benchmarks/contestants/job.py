@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +43,10 @@ class Job:
     result: str
     snapshots: str | None = None
     """A folder for the adapter as it was before each step: written by `finetune`, read by the reference."""
+    turns: bool = False
+    """Wait for a line of the standard input before each step, so that contestants can take turns."""
+    levers: list[str] = field(default_factory=list)
+    """Parts of `finetune` that are switched off, to see what each is worth."""
 
     @staticmethod
     def read(path: str) -> Job:
@@ -54,6 +60,10 @@ class Job:
         return Path(self.snapshots) / f"{step}.safetensors"
 
 
+_ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what libraries print goes to the standard error: the standard output is the line to the one who asks
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -65,16 +75,19 @@ class Watch:
     """
 
     skip: int
+    turns: bool = False
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """Real tokens of each step, where a contestant deals the rows in its own way."""
     resident_before: int = 0
     _last: tuple[float, float] = (0.0, 0.0)
 
     def start(self) -> None:
         gc.collect()
         self.resident_before = _status("VmRSS")
-        self._last = (time.perf_counter(), time.process_time())
+        self._wait({"ready": True})
 
     def lap(self) -> None:
         """One optimizer step is done."""
@@ -85,6 +98,14 @@ class Watch:
         self.cpu_seconds.append(cpu - self._last[1])
         if len(self.seconds) == self.skip:
             _forget_peak()
+        self._wait({"seconds": self.seconds[-1]})
+
+    def _wait(self, said: dict[str, Any]) -> None:
+        if self.turns:
+            _ANSWERS.write(json.dumps(said) + "\n")
+            _ANSWERS.flush()
+            if not sys.stdin.readline():
+                raise SystemExit("told to stop")
         self._last = (time.perf_counter(), time.process_time())
 
     def finish(self, job: Job, **details: Any) -> None:
@@ -93,6 +114,7 @@ class Watch:
             "losses": self.losses,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
+            "tokens": self.tokens,
             "peak_memory": _peak(),
             "resident_before_training": self.resident_before,
             "threads": torch.get_num_threads(),

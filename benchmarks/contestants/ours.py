@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from benchmarks.contestants import reference
 from benchmarks.contestants.job import IGNORED, Job, Watch
 from finetune import loop, model, prepare
+from finetune import optimizer as optimizers
 from finetune.dataset import Example
 from finetune.loop import Course
 from finetune.objectives import sft
@@ -24,16 +25,17 @@ def main(job: Job) -> None:
     prepared = prepare.prepare(Path(job.recipe), overrides)
     run = Run(prepared, Terminal(quiet=True))
     course = run.course()
-    _check_same_work(job, course, prepared.examples)
+    _check_same_work(job, course, prepared.samples)
     policy = model.load_base(run.base, run.form())
     policy = model.attach(policy, prepared.plan.adapter_fields, course.seed)
-    parameters = policy.trainable()
     recompute = run.identity.resolved["recompute"]
     if recompute == "layers":
         policy.recompute_layers()
-    optimizer = loop.make_optimizer(parameters, prepared.recipe.train.weight_decay)
-    events = loop.run(policy, sft, prepared.examples, course, optimizer)
-    watch, padded = Watch(job.skip), list[float]()
+    optimizer = optimizers.make(
+        policy.model, "adamw", weight_decay=prepared.recipe.train.weight_decay, lora_plus_ratio=None
+    )
+    events = loop.run(policy, sft, prepared.samples, course, optimizer)
+    watch, padded = Watch(job.skip, job.turns), list[float]()
     watch.start()
     for step in range(len(job.steps)):
         if job.snapshots:

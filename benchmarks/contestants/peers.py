@@ -1,8 +1,9 @@
 """TRL's SFTTrainer and transformers' Trainer, both with PEFT: what one writes after reading their documentation.
 
-``trl``       SFTTrainer at its defaults (padded, activations recomputed).
-``trl-best``  SFTTrainer with ``padding_free`` and without gradient checkpointing.
-``hf``        Trainer over a padded batch, without gradient checkpointing.
+``trl``         SFTTrainer at its defaults (padded, activations recomputed).
+``trl-best``    SFTTrainer with ``padding_free`` and without gradient checkpointing.
+``trl-packed``  SFTTrainer with ``packing`` (its rows are dealt anew) and without gradient checkpointing.
+``hf``          Trainer over a padded batch, without gradient checkpointing.
 
 TRL turns the adapter of a quantised base to bf16, Trainer leaves PEFT's fp32: both are left as they are.
 """
@@ -71,17 +72,34 @@ def _rows(job: Job, *, masked: bool) -> Dataset:
     )
 
 
-def trl_trainer(job: Job, folder: str, watch: Watch, *, best: bool) -> Trainer:
+WINDOW = 1024
+"""TRL's own default of a packed row's length."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "trl": {},
+    "trl-best": {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
+    "trl-packed": {"packing": True, "max_length": WINDOW, "gradient_checkpointing": False},
+}
+
+
+def trl_trainer(job: Job, folder: str, watch: Watch, name: str) -> Trainer:
     from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # exported lazily
 
     class Sft(SameRates, SFTTrainer):
         rates = job.rates
 
-    options: dict[str, Any] = {"padding_free": True, "max_length": None, "gradient_checkpointing": False}
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if name == "trl-packed":
+                watch.tokens.append(int(inputs["input_ids"].numel()))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    shared = _shared(job, folder)
+    if name == "trl-packed":  # as many packed rows in a step as hold about the same tokens
+        tokens = sum(len(sample["ids"]) for step in job.steps for sample in step)
+        shared["per_device_train_batch_size"] = max(1, round(tokens / len(job.steps) / WINDOW))
     torch.manual_seed(job.seed)
     return Sft(
         model=load_plain(job),
-        args=SFTConfig(**_shared(job, folder), **(options if best else {})),
+        args=SFTConfig(**shared, **OPTIONS[name]),
         train_dataset=_rows(job, masked=False),
         processing_class=AutoTokenizer.from_pretrained(job.base, local_files_only=True),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **job.lora),
@@ -107,12 +125,9 @@ def hf_trainer(job: Job, folder: str, watch: Watch) -> Trainer:
 
 
 def main(name: str, job: Job) -> None:
-    watch = Watch(job.skip)
+    watch = Watch(job.skip, job.turns)
     with tempfile.TemporaryDirectory() as folder:
-        if name == "hf":
-            trainer = hf_trainer(job, folder, watch)
-        else:
-            trainer = trl_trainer(job, folder, watch, best=name == "trl-best")
+        trainer = hf_trainer(job, folder, watch) if name == "hf" else trl_trainer(job, folder, watch, name)
         trainer.train()
     refuse_repacked(trainer.model)
     adapters = {str(value.dtype) for value in trainer.model.parameters() if value.requires_grad}

@@ -1,118 +1,133 @@
-"""One frozen linear under several adapters: each row range of the input has its own LoRA, or none.
+"""Frozen linears under several adapters: each row range of the input has its own LoRA, or none.
 
 The base product is one product over all rows, and a packed weight is dequantised once each way, whatever the number of
 adapters; only the products of rank r are made range by range. A row's result hangs on its own adapter alone, so that
-each adapter gets the gradient of a run of its own. Where a layer is not covered by the fused step (DoRA, token rows),
-each range goes through its own adapter's module.
+each adapter gets the gradient of a run of its own. ``lora_linear`` hands its sites here where they are routed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch.nn.functional import linear
 
-from finetune.kernels import lora_linear
 from finetune.kernels.frozen_linear import dense_weight
 
+Tensors = Sequence[torch.Tensor]
 
-class Share(NamedTuple):
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
     """Rows ``low`` to ``high`` belong to one adapter. a: [r, in], b: [out, r]."""
 
     low: int
     high: int
+    scaling: float
     a: torch.Tensor
     b: torch.Tensor
-    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedSite:
+    """A frozen linear and the adapters of its rows; rows of no share have the base alone."""
+
+    base: Any
+    shares: tuple[Share, ...]
+
+
+def are_routed(sites: Sequence[Any]) -> TypeGuard[Sequence[RoutedSite]]:
+    """Whether these linears, which have one input, are under several adapters: all of them are, or none."""
+    return isinstance(sites[0], RoutedSite)
 
 
 def reference(x: torch.Tensor, w: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
-    """The same by its definition. x: [rows, in], w: [out, in] → [rows, out]; rows of no share get the base alone."""
+    """By its definition. x: [rows, in], w: [out, in] → [rows, out]."""
     y = linear(x, w)
-    return y.index_add(
-        0,
-        torch.cat([torch.arange(share.low, share.high) for share in shares]),
-        torch.cat([share.scaling * linear(linear(x[share.low : share.high], share.a), share.b) for share in shares]),
-    )
-
-
-class _RoutedMatmul(torch.autograd.Function):
-    """The adapters' matrices come as plain arguments (a, b, a, b, …), ``places`` says (low, high, scaling) of each."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        layer: torch.nn.Module,
-        places: Sequence[tuple[int, int, float]],
-        *matrices: torch.Tensor,
-    ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = linear(rows, dense_weight(layer, x.dtype))
-        inners = []
-        for (low, high, scaling), a, b in zip(places, matrices[::2], matrices[1::2], strict=True):
-            inners.append(rows[low:high] @ a.to(x.dtype).T)
-            y[low:high].addmm_(inners[-1], b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(rows, *inners, *matrices)
-        ctx.layer, ctx.places, ctx.shape = layer, places, x.shape
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        rows, *saved = ctx.saved_tensors
-        inners, matrices = saved[: len(ctx.places)], saved[len(ctx.places) :]
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad @ dense_weight(ctx.layer, grad.dtype) if ctx.needs_input_grad[0] else None
-        found: list[torch.Tensor] = []
-        for (low, high, scaling), inner, a, b in zip(ctx.places, inners, matrices[::2], matrices[1::2], strict=True):
-            own = grad[low:high]
-            grad_inner = (own @ b.to(grad.dtype)).mul_(scaling)
-            if grad_x is not None:
-                grad_x[low:high].addmm_(grad_inner, a.to(grad.dtype))
-            grad_b = (own.T @ inner).to(b.dtype).mul_(scaling)
-            found += [(grad_inner.T @ rows[low:high]).to(a.dtype), grad_b]
-        return None if grad_x is None else grad_x.view(ctx.shape), None, None, *found
-
-
-def routed(x: torch.Tensor, layer: torch.nn.Module, shares: Sequence[Share]) -> torch.Tensor:
-    """``reference`` with the layer's weight as it acts, without its bias. x: [..., in] → [..., out]."""
-    places = [(share.low, share.high, share.scaling) for share in shares]
-    matrices = [matrix for share in shares for matrix in (share.a, share.b)]
-    y: torch.Tensor = _RoutedMatmul.apply(x, layer, places, *matrices)  # type: ignore[no-untyped-call]
+    for one in shares:
+        mine = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)
+        mine[one.low : one.high] = one.scaling
+        y = y + mine * linear(linear(x, one.a), one.b)
     return y
 
 
-class Routes:
-    """Whose rows are whose in the pass that runs now: (low, high, adapter) in order, together all of them."""
-
-    def __init__(self) -> None:
-        self.places: tuple[tuple[int, int, int], ...] = ()
+def matrices(sites: Sequence[RoutedSite]) -> list[torch.Tensor]:
+    """A and B of each site's shares in turn."""
+    return [value for site in sites for share in site.shares for value in (share.a, share.b)]
 
 
-class Routed(torch.nn.Module):
-    """One place of the base as several adapters have it. It owns no parameters: they are the adapters' own."""
+@dataclass(frozen=True)
+class _Range:
+    """One adapter's rows, with what it has on the sites: (site, where its A and B stand among the matrices, share)."""
 
-    def __init__(self, base: torch.nn.Module, theirs: Sequence[torch.nn.Module], routes: Routes) -> None:
-        super().__init__()
-        self.shared = (base, tuple(theirs), routes)  # in a tuple: torch would take modules for its own
+    low: int
+    high: int
+    parts: tuple[tuple[int, int, Share], ...]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        base, theirs, routes = self.shared
-        shares = []
-        for low, high, who in routes.places:
-            layer: Any = theirs[who]
-            if layer is base:
-                continue
-            name = lora_linear.covered(layer) if isinstance(layer, LoraLayer) else None
-            if name is None:
-                return torch.cat([theirs[who](x[:, low:high]) for low, high, who in routes.places], dim=1)
-            shares.append(Share(low, high, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]))
-        if not shares:
-            y: torch.Tensor = base(x)
-            return y
-        y = routed(x, base, shares)
-        bias: torch.Tensor | None = base.bias  # type: ignore[assignment]
-        return y if bias is None else y + bias.to(y.dtype)
+    def columns(self, ab: Tensors) -> Iterator[slice]:
+        """Where each part's x Aᵀ lies among those of the adapter, side by side."""
+        low = 0
+        for _, at, _ in self.parts:
+            yield slice(low, low + len(ab[at]))
+            low += len(ab[at])
+
+    def rank(self, ab: Tensors) -> int:
+        return sum(len(ab[at]) for _, at, _ in self.parts)
+
+
+def _ranges(sites: Sequence[RoutedSite]) -> list[_Range]:
+    found: dict[tuple[int, int], list[tuple[int, int, Share]]] = {}
+    at = 0
+    for number, site in enumerate(sites):
+        for share in site.shares:
+            found.setdefault((share.low, share.high), []).append((number, at, share))
+            at += 2
+    return [_Range(low, high, tuple(parts)) for (low, high), parts in found.items()]
+
+
+def forward(rows: torch.Tensor, sites: Sequence[RoutedSite], ab: Tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(each site's output [tokens, out], each adapter's x Aᵀ in its rows [tokens, the largest sum of r]).
+
+    rows: [tokens, in]; ``ab``: ``matrices(sites)``.
+    """
+    outputs = [linear(rows, dense_weight(site.base, rows.dtype)) for site in sites]
+    ranges = _ranges(sites)
+    inner = rows.new_empty(len(rows), max((one.rank(ab) for one in ranges), default=0))
+    for one in ranges:
+        mine = inner[one.low : one.high, : one.rank(ab)]
+        torch.mm(rows[one.low : one.high], torch.cat([ab[at].to(rows.dtype) for _, at, _ in one.parts]).T, out=mine)
+        for (number, at, share), columns in zip(one.parts, one.columns(ab), strict=True):
+            y = outputs[number][one.low : one.high]
+            y.addmm_(mine[:, columns], ab[at + 1].to(y.dtype).T, alpha=share.scaling)
+    for y, site in zip(outputs, sites, strict=True):
+        if site.base.bias is not None:
+            y.add_(site.base.bias.to(y.dtype))
+    return outputs, inner
+
+
+def backward(
+    grads: Tensors, rows: torch.Tensor | None, inner: torch.Tensor, sites: Sequence[RoutedSite], ab: Tensors,
+    *, need_x: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
+    """(the gradient of rows, those of ``ab``), from those of the outputs. ``rows``: None where no A is trained."""
+    grad_x: torch.Tensor | None = None
+    for grad, site in zip(grads, sites, strict=True) if need_x else ():
+        weight = dense_weight(site.base, grad.dtype)
+        grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+    found: list[torch.Tensor | None] = [None] * len(ab)
+    for one in _ranges(sites):
+        mine, slopes = inner[one.low : one.high], []
+        for (number, at, share), columns in zip(one.parts, one.columns(ab), strict=True):
+            grad, b = grads[number][one.low : one.high], ab[at + 1]
+            slopes.append((grad @ b.to(grad.dtype)).mul_(share.scaling))
+            found[at + 1] = (grad.T @ mine[:, columns]).to(b.dtype).mul_(share.scaling)
+        slope = torch.cat(slopes, dim=1)
+        if rows is not None:
+            to_a = (slope.T @ rows[one.low : one.high]).to(ab[0].dtype)
+            for (_, at, _), columns in zip(one.parts, one.columns(ab), strict=True):
+                found[at] = to_a[columns]
+        if grad_x is not None:
+            grad_x[one.low : one.high].addmm_(slope, torch.cat([ab[at].to(slope.dtype) for _, at, _ in one.parts]))
+    return grad_x, found

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.errors import Fault, RecipeError
 from finetune.recipe import adapter_fields, checks, editor_schema, several, sources, wording
-from finetune.recipe.flat import Scalar, flattened
+from finetune.recipe.flat import flatten as flatten
 from finetune.recipe.words import Finding
 
 _LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
@@ -121,6 +121,12 @@ class Train(_Section):
         default="cosine", description="shape of the learning rate after warmup"
     )
     warmup: Count = Field(default=0, description="steps over which the learning rate rises from 0 to its peak")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lora_fa", "riemannian"] = Field(
+        default="adamw", description="what turns gradients into updates, see docs/training.md"
+    )
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="LoRA+: the learning rate of LoRA's B matrices times this; null means one rate"
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         default=0.0, description="decoupled weight decay of the adapter"
     )
@@ -291,8 +297,3 @@ def schema() -> dict[str, Any]:
 def schema_text() -> str:
     """The schema as the file that recipes name in their first line."""
     return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
-
-
-def flatten(recipe: Recipe) -> dict[str, Scalar]:
-    """The resolved recipe as ``{"train.steps": 12, ...}``: trackers refuse nested values and lists."""
-    return flattened(recipe.to_yaml_dict())

@@ -16,6 +16,7 @@ from finetune.recipe.yamlfile import KeyPath
 _VARIABLE = re.compile(r"\$(\{|\(|[A-Za-z_])")
 _ROUNDING = 1e-6
 _FOUR_BIT = ("nf4", "fp4")
+_PRECONDITIONED = ("lora_fa", "riemannian")
 
 
 def check(tree: dict[str, Any]) -> Iterator[Finding]:
@@ -78,6 +79,19 @@ def _train(tree: dict[str, Any]) -> Iterator[Finding]:
         tokens = _number(tree, "train", key)
         if tokens is not None and length is not None and tokens < length:
             yield Finding(("train", key), f"must hold one example of max_length ({length}); found {tokens}", "raise it")
+    yield from _optimizer(tree)
+
+
+def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
+    kind = _value(tree, "train", "optimizer")
+    if kind not in _PRECONDITIONED:
+        return
+    if _value(tree, "train", "lora_plus_ratio") is not None:
+        why = "B has its only rate there" if kind == "lora_fa" else "it evens out the rates of A and B itself"
+        yield Finding(("train", "lora_plus_ratio"), f"has no meaning with {kind}: {why}", "remove it, or take adamw")
+    if _value(tree, "adapter", "use_dora") is True:
+        what = f"{kind} is derived for the update s B A, which DoRA normalises"
+        yield Finding(("train", "optimizer"), what, "take adamw, or use_dora: false")
 
 
 def _quantize(tree: dict[str, Any]) -> Iterator[Finding]:

@@ -1,16 +1,22 @@
-"""A tree of plain values as one level of dotted keys, for trackers and for comparing."""
+"""A recipe as one level of dotted keys, for trackers and for comparing."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 Scalar = str | int | float | bool
 
 
-def flattened(tree: dict[str, Any]) -> dict[str, Scalar]:
-    """``{"train": {"steps": 12}}`` as ``{"train.steps": 12}``; a list becomes text, null the word."""
+class Resolved(Protocol):
+    """What is asked of a recipe here."""
+
+    def to_yaml_dict(self) -> dict[str, Any]: ...
+
+
+def flatten(recipe: Resolved) -> dict[str, Scalar]:
+    """The resolved recipe as ``{"train.steps": 12, ...}``: trackers refuse nested values and lists."""
     flat: dict[str, Scalar] = {}
-    _into(flat, "", tree)
+    _into(flat, "", recipe.to_yaml_dict())
     return flat
 
 

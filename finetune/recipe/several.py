@@ -24,7 +24,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "data": (),
     "train": (
         "steps", "epochs", "examples_per_step", "tokens_per_step", "learning_rate", "schedule", "warmup",
-        "weight_decay", "max_grad_norm", "max_length", "seed",
+        "weight_decay", "max_grad_norm", "optimizer", "lora_plus_ratio", "max_length", "seed",
     ),
     "evaluate": (),
 }  # fmt: skip

@@ -53,6 +53,8 @@ SYNONYMS = {
     "base_model": "model",
     "model_name_or_path": "model",
     "bits": "weights",
+    "optim": "optimizer",
+    "loraplus_lr_ratio": "lora_plus_ratio",
 }
 
 

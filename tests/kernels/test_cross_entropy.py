@@ -31,7 +31,7 @@ def frozen(weight: torch.Tensor) -> torch.nn.Linear:
 def test_value_and_gradient_equal_the_reference(
     chunk: int, dtype: torch.dtype, bound: float, head: str, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: chunk)
     hidden, weight, targets = batch(dtype)
     scales = torch.linspace(0.1, 3, ROWS) if scaled else None
     module = frozen(weight)
@@ -59,7 +59,7 @@ def test_logits_of_hundreds_do_not_overflow(dtype: torch.dtype, bound: float) ->
 def test_half_precision_is_near_the_exact_value(
     dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", 5)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: 5)
     hidden, weight, targets = batch(dtype)
     exact = hidden.detach().double().requires_grad_()
     fast, slow = summed(hidden, frozen(weight), targets), reference(exact, weight.double(), targets)
@@ -79,7 +79,7 @@ def test_sum_over_many_rows_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_gradcheck(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: chunk)
     hidden, weight, targets = batch(torch.float64, rows=5)
     head = frozen(weight)
     assert torch.autograd.gradcheck(lambda h: summed(h, head, targets), (hidden,))
@@ -96,7 +96,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_head_with_a_bias_or_under_training(bias: bool, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", 5)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: 5)
     hidden, weight, targets = batch(torch.float64)
     head = torch.nn.Linear(WIDTH, VOCAB, bias=bias, dtype=torch.float64)
     head.weight.data.copy_(weight)
@@ -112,7 +112,7 @@ def test_head_with_a_bias_or_under_training(bias: bool, trained: bool, monkeypat
 def test_adapted_head(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setattr(cross_entropy, "CHUNK", 5)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: 5)
     hidden, weight, targets = batch(torch.float64)
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["head"])
     model = get_peft_model(torch.nn.ModuleDict({"head": frozen(weight)}), config)

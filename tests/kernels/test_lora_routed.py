@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.kernels import lora_routed
-from finetune.kernels.lora_routed import Share
+from finetune.kernels import lora_linear, lora_routed
+from finetune.kernels.lora_routed import RoutedSite, Share
 
 CASES = {
     "two": [(0, 5, 3, 0.5), (5, 12, 2, 2.0)],
@@ -26,14 +26,21 @@ def parts(case: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.nn.Linear,
 
 def shares(case: str, matrices: list[torch.Tensor]) -> list[Share]:
     pairs = zip(matrices[::2], matrices[1::2], strict=True)
-    return [Share(low, high, a, b, scale) for (low, high, _, scale), (a, b) in zip(CASES[case], pairs, strict=True)]
+    return [
+        Share(low=low, high=high, scaling=scale, a=a, b=b)
+        for (low, high, _, scale), (a, b) in zip(CASES[case], pairs, strict=True)
+    ]
+
+
+def routed(x: torch.Tensor, layer: torch.nn.Linear, given: list[Share]) -> torch.Tensor:
+    return lora_linear.apply(x, (RoutedSite(base=layer, shares=tuple(given)),))[0]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_it_is_its_definition(case: str, dtype: torch.dtype, bound: float) -> None:
     x, layer, matrices = parts(case, dtype)
-    found = lora_routed.routed(x, layer, shares(case, matrices))
+    found = routed(x, layer, shares(case, matrices))
     expected = lora_routed.reference(x[0], layer.weight, shares(case, matrices))
     assert found.shape == (1, 12, 8)
     weight = torch.randn(12, 8, dtype=dtype)
@@ -46,13 +53,11 @@ def test_it_is_its_definition(case: str, dtype: torch.dtype, bound: float) -> No
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_by_differences(case: str) -> None:
     x, layer, matrices = parts(case, torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda x, *given: lora_routed.routed(x, layer, shares(case, list(given))), (x, *matrices)
-    )
+    assert torch.autograd.gradcheck(lambda x, *given: routed(x, layer, shares(case, list(given))), (x, *matrices))
 
 
 def test_rows_of_one_adapter_give_nothing_to_another() -> None:
     x, layer, matrices = parts("two", torch.float64)
-    lora_routed.routed(x, layer, shares("two", matrices))[0, :5].sum().backward()
+    routed(x, layer, shares("two", matrices))[0, :5].sum().backward()
     assert all(bool(one.grad.any()) for one in matrices[:2])  # type: ignore[union-attr]
     assert not any(bool(one.grad.any()) for one in matrices[2:])  # type: ignore[union-attr]

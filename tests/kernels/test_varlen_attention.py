@@ -1,22 +1,23 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from finetune.errors import ModelError
 from finetune.kernels import varlen_attention
-from finetune.kernels.varlen_attention import attend, reference
+from finetune.kernels.varlen_attention import attend, lay_out, reference
 from finetune.objectives import sft
 from tests import tiny
 
-# Which of the two ways a batch takes hangs on how like its lengths are; (bounds, products that are computed).
+# How many calls a batch takes hangs on how like its lengths are; (bounds, products that are computed).
 ALIKE = ((0, 5, 9, 14), 1)
 RAGGED = ((0, 1, 9, 11), 3)
+PAIRED = ((0, 2, 9, 12, 18), 2)
 SINGLE = ((0, 7), 1)
 HEADS = [(4, 2), (3, 3), (2, 1)]
 
@@ -28,23 +29,15 @@ def states(bounds: tuple[int, ...], heads: tuple[int, int], dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(("bounds", "products"), [ALIKE, RAGGED, SINGLE])
+@pytest.mark.parametrize(("bounds", "products"), [ALIKE, RAGGED, PAIRED, SINGLE])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_value_and_gradients_equal_the_reference(
-    bounds: tuple[int, ...], products: int, heads: tuple[int, int], scaling: float | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    calls = []
-    product = varlen_attention.scaled_dot_product_attention
-
-    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        return product(*args, **kwargs)
-
-    monkeypatch.setattr(varlen_attention, "scaled_dot_product_attention", counted)
+    bounds: tuple[int, ...], products: int, heads: tuple[int, int], scaling: float | None
+) -> None:
     inputs = states(bounds, heads, torch.float64)
-    fast, slow = attend(*inputs, bounds, scaling), reference(*inputs, bounds, scaling)
-    assert len(calls) == products
+    layout = lay_out(bounds, torch.device("cpu"))
+    assert len(layout.groups) == products
+    fast, slow = attend(*inputs, layout, scaling), reference(*inputs, bounds, scaling)
     assert fast.shape == slow.shape
     assert tiny.distance(fast, slow) < 1e-14
     slope = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -58,19 +51,43 @@ def test_value_and_gradients_equal_the_reference(
 @pytest.mark.parametrize("bounds", [(0, 3, 5), (0, 1, 6), (0, 4)])
 def test_gradcheck(bounds: tuple[int, ...], heads: tuple[int, int]) -> None:
     inputs = states(bounds, heads, torch.float64, width=2)
-    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, bounds), inputs)
+    layout = lay_out(bounds, torch.device("cpu"))
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, layout), inputs)
+
+
+@pytest.mark.parametrize(("bounds", "_"), [ALIKE, RAGGED, PAIRED, SINGLE])
+def test_the_way_of_a_card_equals_that_of_a_cpu(bounds: tuple[int, ...], _: int) -> None:
+    """On a card the samples' products are torch's own with torch's gradients; the gathering around them is the same."""
+    inputs, layout = states(bounds, (4, 2), torch.float64), lay_out(bounds, torch.device("cpu"))
+    fast, plain = attend(*inputs, layout), varlen_attention.composed(*inputs, layout, 0.5)
+    assert torch.equal(fast, plain)
+    slope = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for one, two in zip(
+        torch.autograd.grad(fast, inputs, slope), torch.autograd.grad(plain, inputs, slope), strict=True
+    ):
+        assert tiny.distance(one, two) < 1e-13
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [3, 50, 2, 49, 50, 1], list(range(1, 90)), [700, 1, 1, 1]])
+def test_every_token_has_one_place_and_little_is_filled(lengths: list[int]) -> None:
+    bounds = [0, *itertools.accumulate(lengths)]
+    layout = lay_out(bounds, torch.device("cpu"))
+    places = torch.cat([varlen_attention._places(group) for group in layout.groups])
+    assert sorted(places.tolist()) == list(range(sum(lengths)))
+    assert sum(len(group.rows) for group in layout.groups) <= sum(lengths) / 0.8
+    assert layout.longest == max(lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bounds", "_"), [ALIKE, RAGGED])
 def test_a_sample_does_not_see_what_is_packed_beside_it(bounds: tuple[int, ...], _: int, dtype: torch.dtype) -> None:
-    inputs = states(bounds, (4, 2), dtype)
-    before = attend(*inputs, bounds)
+    inputs, layout = states(bounds, (4, 2), dtype), lay_out(bounds, torch.device("cpu"))
+    before = attend(*inputs, layout)
     for low, high in pairwise(bounds):
         changed = [value.detach().clone() for value in inputs]
         for value in changed:
             value[:, :, low:high] += 3
-        after = attend(*changed, bounds)
+        after = attend(*changed, layout)
         others = [i for i in range(bounds[-1]) if not low <= i < high]
         assert torch.equal(after[:, :, others], before[:, :, others])
         assert not torch.equal(after[:, :, low:high], before[:, :, low:high])

@@ -89,8 +89,8 @@ def test_list_of_keys_is_frozen() -> None:
         "alpha_pattern init_lora_weights layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out"
     )
     train = (
-        "steps epochs examples_per_step tokens_per_step learning_rate schedule warmup weight_decay max_grad_norm "
-        "max_length micro_batch_tokens recompute save_every keep_last seed workers"
+        "steps epochs examples_per_step tokens_per_step learning_rate schedule warmup optimizer lora_plus_ratio "
+        "weight_decay max_grad_norm max_length micro_batch_tokens recompute save_every keep_last seed workers"
     )
     expected: dict[str, str | None] = {
         "extends": None,

@@ -77,7 +77,32 @@ CATALOGUE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:4:3: quantize.double",
         "no meaning with 'bf16'",
     ),
-    "18 optimizer": (swap("  seed: 7", "  optimizer: adamw"), "r.yaml:19:3: train.optimizer", "unknown key"),
+    "18 optimizer": (swap("  seed: 7", "  optimizer: adamv"), "r.yaml:19:3: train.optimizer", "did you mean 'adamw'?"),
+    "18 LoRA+ below 1": (
+        swap("  seed: 7", "  lora_plus_ratio: 0.5"),
+        "r.yaml:19:3: train.lora_plus_ratio",
+        "at least 1",
+    ),
+    "18 LoRA+ where A is frozen": (
+        swap("  seed: 7", "  optimizer: lora_fa\n  lora_plus_ratio: 16"),
+        "r.yaml:20:3: train.lora_plus_ratio",
+        "no meaning with lora_fa",
+    ),
+    "18 LoRA+ beside its better": (
+        swap("  seed: 7", "  optimizer: riemannian\n  lora_plus_ratio: 16"),
+        "r.yaml:20:3: train.lora_plus_ratio",
+        "no meaning with riemannian",
+    ),
+    "18 DoRA preconditioned": (
+        lambda text: swap("  seed: 7", "  optimizer: riemannian")(swap("  r: 8", "  r: 8\n  use_dora: true")(text)),
+        "r.yaml:20:3: train.optimizer",
+        "DoRA normalises",
+    ),
+    "18 DoRA projected": (
+        lambda text: swap("  seed: 7", "  optimizer: lora_fa")(swap("  r: 8", "  r: 8\n  use_dora: true")(text)),
+        "r.yaml:20:3: train.optimizer",
+        "DoRA normalises",
+    ),
     "18 schedule typo": (swap(": linear", ": cosin"), "r.yaml:16:3: train.schedule", "did you mean 'cosine'?"),
     "18 weights typo": (swap(": nf4", ": nf5"), "r.yaml:3:3: quantize.weights", "did you mean 'nf4'?"),
     "18 key typo": (swap("schedule", "sechdule"), "r.yaml:16:3: train.sechdule", "did you mean 'schedule'?"),

@@ -163,24 +163,23 @@ def child(recipe: Path, result: Path, overrides: list[str]) -> None:
 
 def _single(prepared: Any) -> Iterator[dict[str, float]]:
     from finetune import loop, model
-    from finetune import optimizer as optimizers
+    from finetune import train as training
     from finetune.objectives import sft
     from finetune.run import Run
     from finetune.terminal import Terminal
 
     run = Run(prepared, Terminal(quiet=True), digests={})
     course = run.course()
-    policy = model.attach(model.load_base(run.base, run.form()), prepared.plan.adapter_fields, course.seed)
-    if prepared.plan.recompute == "layers":
-        policy.recompute_layers()
-    optimizer = optimizers.make(policy.model)
+    policy = training.attach(run, model.load_base(run.base, run.form()))
+    training.recompute(run, policy)
+    optimizer, _ = training.optimizer_of(run, policy)
     for event in loop.run(policy, sft, run.samples, course, optimizer):
         yield {prepared.located.name: event.loss}
 
 
 def _joint(prepared: Any) -> Iterator[dict[str, float]]:
     from finetune import lockstep, model, shared_base
-    from finetune import optimizer as optimizers
+    from finetune import train as training
     from finetune.objectives import sft
     from finetune.run import Run
     from finetune.terminal import Terminal
@@ -189,17 +188,15 @@ def _joint(prepared: Any) -> Iterator[dict[str, float]]:
     base = model.load_base(runs[0].base, runs[0].form())
     members = []
     for run in runs:
-        course, plan = run.course(), run.prepared.plan
-        policy = model.attach(shared_base.view(base), plan.adapter_fields, course.seed)
-        optimizer = optimizers.make(policy.model)
+        policy = training.attach(run, shared_base.view(base))
         members.append(
             lockstep.Member(
-                name=run.prepared.located.name, policy=policy, examples=run.samples, course=course, optimizer=optimizer
+                name=run.prepared.located.name, policy=policy, examples=run.samples, course=run.course(),
+                optimizer=training.optimizer_of(run, policy)[0],
             )
-        )
+        )  # fmt: skip
     joint = shared_base.join(base, [member.policy for member in members])
-    if prepared[0].plan.recompute == "layers":
-        joint.policy.recompute_layers()
+    training.recompute(runs[0], joint.policy)
     for done in lockstep.run(joint, sft, members):
         yield {name: event.loss for name, event in done.items()}
 

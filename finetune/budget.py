@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from finetune import optimizer
 from finetune.decoder import DecoderShape
 from finetune.hardware import Hardware
+from finetune.kernels.cross_entropy import chunk_rows
 from finetune.optimizer import Tensors
 from finetune.recipe import Recipe
 from finetune.schedule import Part
@@ -18,7 +19,10 @@ from finetune.schedule import Part
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 """Tokens of a micro-batch beyond which nothing is gained: dequantisation is below 2 % of a pass (CUDA)."""
-_CHUNK = 1024
+_RECOMPUTE, _OFFLOAD = 0.47, 0.1
+"""Time of a whole recomputation and of moving the layers' inputs, as shares of a step without them."""
+_PASS_TOKENS = {"cuda": 200, "cpu": 100}
+"""A pass over the weights (dequantisation, launches) costs as much as so many tokens."""
 USABLE = 0.9
 _OVERHEAD = {"cuda": 0.9e9, "cpu": 0.9e9}
 """Bytes of the process itself: libraries, CUDA context, allocator's slack."""
@@ -74,25 +78,41 @@ def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape) 
     return int(linear * per_weight + rest * BYTES[compute])
 
 
-def token_bytes(shape: DecoderShape, compute: str, recompute: str) -> tuple[int, int]:
-    """(bytes kept per token over all layers, bytes live per token within one layer) of a training pass."""
+def token_bytes(shape: DecoderShape, compute: str, layers: int, *, offload: bool, kernels: bool) -> tuple[int, int]:
+    """(bytes kept per token over all layers, bytes live per token within one layer) of a training pass.
+
+    ``layers``: how many are recomputed; of those only the input is kept, which ``offload`` moves elsewhere.
+    """
     width, query, key_value = BYTES[compute], shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # Kept for the backward pass of one layer: norms work in fp32; rotary, attention and MLP in the compute dtype.
-    norms = 2 * (4 + 4 + width) * shape.hidden
-    attention = width * (3 * query + 4 * key_value + 2 * shape.hidden)
-    mlp = width * (5 * shape.intermediate + 2 * shape.hidden)
-    layer = norms + attention + mlp
-    kept = shape.layers * (width * shape.hidden if recompute == "layers" else layer)
-    return kept, layer + width * 3 * shape.intermediate
+    # Inputs of both parts; query, key, value before and after their norms; the attention's result; gate and up.
+    inner = 2 * shape.hidden + (2 if shape.qk_norm else 1) * (query + key_value) + key_value + query
+    kept = width * (inner + 2 * shape.intermediate)
+    if not kernels:  # norms in fp32 with their parts, rotary's halves, the activation and the product beside the rest
+        kept += 2 * (4 + 4) * shape.hidden + width * (2 * query + 3 * key_value + 2 * shape.hidden)
+        kept += width * (3 * shape.intermediate + 2 * shape.hidden)
+    inputs = 0 if offload else width * shape.hidden
+    live = kept + width * 3 * shape.intermediate
+    return layers * inputs + (shape.layers - layers) * kept, live
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """``recompute``: none, layers or offload; ``layers``: how many of them."""
+
+    recompute: str
+    layers: int
+    micro_batch_tokens: int
+    budget: Budget
 
 
 def fit(
     recipe: Recipe, shape: DecoderShape, hardware: Hardware, compute: str, tensors: Sequence[Tensors],
     load: Load | None,
-) -> tuple[str, int, Budget]:  # fmt: skip
-    """(recompute, micro-batch tokens, budget): as many tokens at once as fit, recomputing only where it must.
+) -> Fitted:  # fmt: skip
+    """How many tokens go through at once and how many layers are recomputed, so that a token costs the least time.
 
-    ``tensors``: the adapter's.
+    A recomputed layer costs one more forward; a pass over the weights costs as much as some tokens, which is shared by
+    all tokens of a micro-batch. ``tensors``: the adapter's.
     """
     train, quantize = recipe.train, recipe.quantize
     weights = weight_bytes(quantize.weights, quantize.double, compute, shape)
@@ -100,30 +120,47 @@ def fit(
     gradients = 4 * sum(one.parameters for one in tensors if optimizer.is_trained(train.optimizer, one.role))
     states = optimizer.state_bytes(train.optimizer, tensors)
     fixed = weights + adapter + gradients + states + int(_OVERHEAD[hardware.device])
-    head = _CHUNK * shape.vocab * (4 + 4 + BYTES[compute])
+    rows = chunk_rows(shape.vocab, hardware.device)
+    head = rows * shape.vocab * (4 + BYTES[compute])
     room = hardware.free_memory * USABLE - fixed - head
-    generation = _generation_bytes(recipe, shape, hardware, compute, load)
-    most = max(train.max_length, _MOST_TOKENS[hardware.device])
-    options = ["none", "layers"] if train.recompute == "auto" else [train.recompute]
-    for option in options:
-        kept, live = token_bytes(shape, compute, option)
-        fitting = int(room // (kept + live))
-        last = option == options[-1]
-        if train.micro_batch_tokens != "auto":
-            micro = train.micro_batch_tokens
-        elif fitting >= train.max_length:
-            micro = min(most, fitting)
-        else:
-            micro = train.max_length
-        if fitting >= micro or last:
-            break
-    longest = min(micro, step_tokens(recipe, load) or micro)
+    step = step_tokens(recipe, load)
+
+    def bytes_of(layers: int, offload: bool) -> tuple[int, int]:
+        return token_bytes(shape, compute, layers, offload=offload, kernels=train.kernels != "off")
+
+    choices = {"auto": range(shape.layers + 1), "none": [0]}.get(train.recompute, [shape.layers])
+    options = [(layers, train.recompute == "offload") for layers in choices]
+    options += [(shape.layers, True)] if train.recompute == "auto" and hardware.device == "cuda" else []
+
+    def judged(layers: int, offload: bool) -> tuple[bool, float]:
+        """Whether it fits; of those that do the fastest is best, of the others the smallest."""
+        fitting = int(room // sum(bytes_of(layers, offload)))
+        micro = _micro(recipe, hardware, fitting, step)
+        time = _token_time(layers / shape.layers, offload, micro, hardware)
+        fits = fitting >= min(micro, step or micro)
+        return fits, -time if fits else -sum(bytes_of(layers, offload))
+
+    layers, offload = max(options, key=lambda option: judged(*option))
+    micro = _micro(recipe, hardware, int(room // sum(bytes_of(layers, offload))), step)
     budget = Budget(
         weights=weights, adapter=adapter, gradients=gradients, optimizer=states,
-        activations=(kept + live) * longest, head=head, generation=generation,
-        overhead=int(_OVERHEAD[hardware.device]),
+        activations=sum(bytes_of(layers, offload)) * min(micro, step or micro), head=head,
+        generation=_generation_bytes(recipe, shape, hardware, compute, load), overhead=int(_OVERHEAD[hardware.device]),
     )  # fmt: skip
-    return option, micro, budget
+    word = "offload" if offload else "layers" if layers else "none"
+    return Fitted(recompute=word, layers=layers, micro_batch_tokens=micro, budget=budget)
+
+
+def _micro(recipe: Recipe, hardware: Hardware, fitting: int, step: int | None) -> int:
+    if recipe.train.micro_batch_tokens != "auto":
+        return recipe.train.micro_batch_tokens
+    longest = recipe.train.max_length
+    return max(longest, min(_MOST_TOKENS[hardware.device], fitting, max(step or fitting, longest)))
+
+
+def _token_time(recomputed: float, offload: bool, micro: int, hardware: Hardware) -> float:
+    """Relative to a token with nothing recomputed and no pass over the weights to share."""
+    return 1 + _RECOMPUTE * recomputed + (_OFFLOAD if offload else 0) + _PASS_TOKENS[hardware.device] / micro
 
 
 def step_tokens(recipe: Recipe, load: Load | None) -> int | None:
@@ -147,12 +184,13 @@ def _generation_bytes(recipe: Recipe, shape: DecoderShape, hardware: Hardware, c
     return dense + rows * length * (per_token + 6 * shape.intermediate * BYTES[compute]) + rows * shape.vocab * 8
 
 
-def seconds(shape: DecoderShape, hardware: Hardware, recompute: str, load: Load, tokens: int) -> float | None:
-    """Per token forward 2N, backward 2N (the base has no weight gradients), recompute 2N; None without a known rate."""
+def seconds(shape: DecoderShape, hardware: Hardware, layers: int, load: Load, tokens: int) -> float | None:
+    """Per token forward 2N, backward 2N (the base has no weight gradients), 2N of each recomputed layer; None without a
+    known rate."""
     if hardware.flops is None:
         return None
     linear, head = shape.linear_parameters(), shape.vocab * shape.hidden
-    passes = 6 if recompute == "layers" else 4
+    passes = 4 + 2 * layers / shape.layers
     share = sum(load.supervised) / sum(load.lengths)
     training = tokens * (passes * linear + 4 * share * head)
     evaluating = load.evaluated_tokens * 2 * linear * (2 if load.generated_rows else 1)

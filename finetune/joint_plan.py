@@ -70,7 +70,7 @@ def refuse_unroutable(runs: Sequence[Located]) -> None:
 def fit(members: Sequence[Member], hardware: Hardware, *, must_fit: bool) -> list[Plan]:
     """The members' plans for passes that hold rows of all of them.
 
-    A pass has room for the longest example of each, and what is left is shared out evenly: no member's own split of its
+    A pass has room for the longest example of each, and what is left is shared out once: no member's own split of its
     step depends on how many are still training.
 
     Raises:
@@ -93,17 +93,28 @@ def fit(members: Sequence[Member], hardware: Hardware, *, must_fit: bool) -> lis
     budgets = [member.plan.budget for member in members]
     every = {name: sum(getattr(one, name) for one in budgets) for name in ("adapter", "gradients", "optimizer")}
     left = replace(hardware, free_memory=hardware.free_memory - int(sum(every.values()) / budget.USABLE))
-    recompute, micro, found = budget.fit(recipe, first.shape, left, first.plan.compute, (), first.load)
-    found = replace(found, generation=max(one.generation for one in budgets), **every)
+    fitted = budget.fit(recipe, first.shape, left, first.plan.compute, (), first.load)
+    found = replace(fitted.budget, generation=max(one.generation for one in budgets), **every)
     usable = hardware.free_memory * budget.USABLE + found.overhead
     if must_fit and found.total > usable:
         what = f"all adapters need about {found.total / 1e9:.1f} GB, at most {usable / 1e9:.1f} GB can be used here"
         raise EnvironmentFault(what, f"memory of {hardware.name}", f"lower train.max_length, {_ALONE}")
-    spare = (micro - longest) // len(members)
+    shares = _shares(fitted.micro_batch_tokens - longest, members, steps)
     return [
         replace(
-            member.plan, recompute=recompute, budget=found,
-            micro_batch_tokens=member.located.recipe.train.max_length + spare,
+            member.plan, recompute=fitted.recompute, recomputed_layers=fitted.layers, budget=found,
+            micro_batch_tokens=member.located.recipe.train.max_length + share,
         )
-        for member in members
+        for member, share in zip(members, shares, strict=True)
     ]  # fmt: skip
+
+
+def _shares(spare: int, members: Sequence[Member], steps: Sequence[int | None]) -> list[int]:
+    """The tokens of a pass beyond the longest examples, as each step needs them; evenly where that is unknown."""
+    lacks = [
+        max(0, step - member.located.recipe.train.max_length) if step else 1
+        for member, step in zip(members, steps, strict=True)
+    ]
+    if not all(steps) or not sum(lacks):
+        return [spare // len(members)] * len(members)
+    return [spare * lack // sum(lacks) for lack in lacks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from finetune import loading
 from finetune import tokenizer as tokenizers
 from finetune.base import Base
 from finetune.errors import ModelError
-from finetune.kernels import decoder_layer, frozen_linear, lora_linear, trained_rows, varlen_attention, whole_module
+from finetune.kernels import (
+    decoder_layer,
+    frozen_linear,
+    lora_linear,
+    pointwise,
+    trained_rows,
+    varlen_attention,
+    whole_module,
+)
 from finetune.loading import BaseForm, Change
 from finetune.renderer import Renderer
 
@@ -28,6 +36,7 @@ class Policy:
     renderer: Renderer
     stop_token: str
     adapted: bool
+    kernels: bool = True
 
     @property
     def causal_lm(self) -> Any:
@@ -58,22 +67,30 @@ class Policy:
         ``cuts``: bounds between samples that are to be computed as if they were in packs of their own.
         """
         layout = varlen_attention.lay_out(bounds, ids.device, cuts)
-        with _attention(self.causal_lm, varlen_attention.register()):
+        with self._packed(), self._offloading():
             output = self.causal_lm.model(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
         states: torch.Tensor = output.last_hidden_state
         return states
 
-    def recompute_layers(self) -> None:
-        """Keep each layer's input only, and compute the layer again in the backward pass."""
-        packed = varlen_attention.register()
+    def _packed(self) -> contextlib.AbstractContextManager[None]:
+        return _attention(self.causal_lm, varlen_attention.register(plain=not self.kernels))
+
+    def _offloading(self) -> contextlib.AbstractContextManager[Any]:
+        if not getattr(self.causal_lm, "offload_inputs", False):
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+
+    def recompute_layers(self, count: int | None = None, *, offload: bool = False) -> None:
+        """Keep only the input of the first ``count`` layers (None: of all), and compute them again in the backward
+        pass; with ``offload`` the inputs wait in the machine's memory."""
         # The backward pass runs after ``hidden`` has left its block; the layer must find the same attention again.
-        settings = {
-            "use_reentrant": False,
-            "context_fn": lambda: (contextlib.nullcontext(), _attention(self.causal_lm, packed)),
-        }
+        settings = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), self._packed())}
         # Newer transformers warn at the old name, which goes in v6; older ones know no other.
         old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(self.causal_lm, new if hasattr(self.causal_lm, new) else old)(settings)
+        for layer in self.causal_lm.model.layers[count:] if count is not None else ():
+            layer.gradient_checkpointing = False
+        self.causal_lm.offload_inputs = offload
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -165,13 +182,19 @@ def stream_base(base: Base, form: BaseForm, change: Change | None = None) -> Pol
 
 
 def _policy(base: Base, model: Any) -> Policy:
+    decoder_layer.fuse(model)  # also without an adapter, so that a model with and without one is computed alike
     tokenizer = tokenizers.of(base)
     renderer = Renderer(tokenizer, base.stop_token, piecewise=base.piecewise)
     return Policy(model=model, tokenizer=tokenizer, renderer=renderer, stop_token=base.stop_token, adapted=False)
 
 
-def attach(policy: Policy, fields: dict[str, Any], seed: int) -> Policy:
-    """A fresh adapter on the base. Its start depends on ``seed`` alone; its weights are fp32 masters."""
+def attach(
+    policy: Policy, fields: dict[str, Any], seed: int, *, kernels: bool = True, compiled: bool = False
+) -> Policy:
+    """A fresh adapter on the base. Its start depends on ``seed`` alone; its weights are fp32 masters.
+
+    Without ``kernels`` every pass is computed as transformers and PEFT do it; ``compiled``: their pointwise parts.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -181,17 +204,17 @@ def attach(policy: Policy, fields: dict[str, Any], seed: int) -> Policy:
         raise ModelError(
             f"PEFT cannot attach the adapter: {error}", "adapter", "see `finetune plan` for targets"
         ) from None
-    return _adapted(policy, model)
+    return _adapted(policy, model, kernels=kernels, compiled=compiled)
 
 
-def _adapted(policy: Policy, model: Any) -> Policy:
-    lora_linear.fuse(model)
-    decoder_layer.fuse(model)
+def _adapted(policy: Policy, model: Any, *, kernels: bool = True, compiled: bool = False) -> Policy:
+    if kernels:
+        lora_linear.fuse(model)
+    ways = pointwise.compiled() if compiled else pointwise.PLAIN
+    decoder_layer.fuse(model, ways if kernels else None)
     trained_rows.settle(model)
     whole_module.widen(model, policy.causal_lm.dtype)
-    return Policy(
-        model=model, tokenizer=policy.tokenizer, renderer=policy.renderer, stop_token=policy.stop_token, adapted=True
-    )
+    return replace(policy, model=model, adapted=True, kernels=kernels)
 
 
 def attach_saved(policy: Policy, folder: Path) -> Policy:

@@ -37,6 +37,7 @@ class Plan:
     compute: str
     loss_scaling: bool
     recompute: str
+    recomputed_layers: int
     micro_batch_tokens: int
     steps: int | None
     samples: int | None
@@ -120,7 +121,8 @@ def make(
     compute = compute_dtype(recipe, hardware)
     row_tensors = [Tensors("whole", shape.hidden * len(ids), 1) for ids in (rows or {}).values()]
     tensors = [*selection.tensors, *row_tensors]
-    recompute, micro, predicted = budget.fit(recipe, shape, hardware, compute, tensors, load)
+    fitted = budget.fit(recipe, shape, hardware, compute, tensors, load)
+    predicted = fitted.budget
     kind = recipe.train.optimizer
     remarks = [*notes, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device)]
     if selection.whole:
@@ -144,7 +146,8 @@ def make(
         model=recipe.model, family=shape.family, parameters=shape.parameters(),
         device=hardware.device, device_name=hardware.name,
         weights=recipe.quantize.weights, double=recipe.quantize.double, compute=compute,
-        loss_scaling=compute == "fp16", recompute=recompute, micro_batch_tokens=micro,
+        loss_scaling=compute == "fp16", recompute=fitted.recompute,
+        recomputed_layers=fitted.layers, micro_batch_tokens=fitted.micro_batch_tokens,
         steps=len(steps) if steps is not None else recipe.train.steps,
         samples=len(chosen) if load else None, tokens=tokens,
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
@@ -152,7 +155,7 @@ def make(
         frozen_parameters=sum(one.parameters for one in tensors if not optimizer.is_trained(kind, one.role)),
         adapter_fields=fields,
         budget=predicted, free_memory=hardware.free_memory,
-        seconds=budget.seconds(shape, hardware, recompute, load, tokens) if load and tokens else None,
+        seconds=budget.seconds(shape, hardware, fitted.layers, load, tokens) if load and tokens else None,
         output=recipe.output, output_bytes=budget.output_bytes(recipe, tensors),
         notes=tuple(remarks), unchecked=tuple(unchecked),
     )  # fmt: skip

@@ -75,6 +75,14 @@ def _memory(plan: Plan) -> list[str]:
     return [f"memory     {size(budget.total)} predicted peak", f"           {', '.join(parts)}"]
 
 
+def recomputed(plan: Plan) -> str:
+    """What the backward pass computes again, in words."""
+    if plan.recompute == "none":
+        return "nothing recomputed"
+    where = ", their inputs in the machine's memory" if plan.recompute == "offload" else ""
+    return f"{plan.recomputed_layers} layers recomputed{where}"
+
+
 def _course(plan: Plan) -> list[str]:
     steps = "steps unknown" if plan.steps is None else f"{plan.steps} steps"
     tokens = "" if plan.tokens is None else f", {plan.samples} samples, {plan.tokens:,} tokens"
@@ -82,7 +90,7 @@ def _course(plan: Plan) -> list[str]:
     time = "unknown" if plan.seconds is None else f"about {duration(plan.seconds)} (predicted)"
     return [
         f"course     {steps}{tokens}{supervised}",
-        f"batches    at most {plan.micro_batch_tokens} tokens at once, recompute {plan.recompute}",
+        f"batches    at most {plan.micro_batch_tokens} tokens at once, {recomputed(plan)}",
         f"time       {time}",
         f"writes     {plan.output}: checkpoints and adapter, up to {size(plan.output_bytes)}",
     ]

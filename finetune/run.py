@@ -54,6 +54,7 @@ class Run:
             resolved={
                 "compute": chosen.compute,
                 "recompute": chosen.recompute,
+                "recomputed_layers": chosen.recomputed_layers,
                 "micro_batch_tokens": chosen.micro_batch_tokens,
             },
             environment=dict(hardware.environment(self.prepared.hardware)),

@@ -112,9 +112,10 @@ def join(base: Policy, members: Sequence[Policy]) -> Joint:
         ModelError: an adapter has changed more than single modules.
     """
     routes = Routes()
-    decoder_layer.fuse(base.model)
+    for mine, theirs in zip(base.causal_lm.model.layers, members[0].causal_lm.model.layers, strict=True):
+        decoder_layer.compute_as(theirs, mine)
     _weave(base.causal_lm.model, [member.causal_lm.model for member in members], routes)
-    return Joint(policy=base, members=tuple(members), routes=routes)
+    return Joint(policy=replace(base, kernels=members[0].kernels), members=tuple(members), routes=routes)
 
 
 def _weave(joint: Any, theirs: Sequence[Any], routes: Routes) -> None:

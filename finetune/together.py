@@ -164,8 +164,7 @@ def _steps(students: Sequence[Student], start: int, session: Session, stop: Stop
         if not (student.finished and start >= student.total)
     ]
     joint = shared_base.join(base, [seat.policy for seat in seated])
-    if run.identity.resolved["recompute"] == "layers":
-        joint.policy.recompute_layers()
+    training.recompute(run, joint.policy)
     known: Known = []
     for seat in seated:
         seat.run.judge(seat.policy, "before", adapter=False, known=known)
@@ -180,7 +179,7 @@ def _seat(student: Student, base: Policy, start: int, session: Session) -> Seate
     """A student's adapter on a view of the base, in the state that it had at the common step."""
     run, own = student.run, min(start, student.total)
     saved: Checkpoint | None = checkpoint.read(run.folder.checkpoints / checkpoint.folder_name(own)) if own else None
-    policy = model.attach(shared_base.view(base), run.prepared.plan.adapter_fields, student.course.seed)
+    policy = training.attach(run, shared_base.view(base))
     optimizer, scaler = training.optimizer_of(run, policy)
     training.resume(run, policy, optimizer, scaler, saved)
     named = replace(session, prefix=f"{student.name}/")

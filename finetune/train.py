@@ -98,10 +98,8 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     terminal, chosen = run.terminal, run.prepared.plan
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
-    policy = model.load_base(run.base, run.form(), loading_bar(run))
-    policy = model.attach(policy, chosen.adapter_fields, course.seed)
-    if run.identity.resolved["recompute"] == "layers":
-        policy.recompute_layers()
+    policy = attach(run, model.load_base(run.base, run.form(), loading_bar(run)))
+    recompute(run, policy)
     optimizer, scaler = optimizer_of(run, policy)
     start = resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
@@ -128,6 +126,22 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     write_adapter(run, policy)
     run.judge(policy, "after")
     finish(run, done)
+
+
+def attach(run: Run, base: Policy) -> Policy:
+    """The recipe's adapter, fresh, on the base or a view of it."""
+    wanted = run.prepared.recipe.train
+    return model.attach(
+        base, run.prepared.plan.adapter_fields, wanted.seed, kernels=wanted.kernels != "off",
+        compiled=wanted.compile is True,
+    )  # fmt: skip
+
+
+def recompute(run: Run, policy: Policy) -> None:
+    """Make the policy recompute what the run's plan says."""
+    resolved = run.identity.resolved
+    if resolved["recompute"] != "none":
+        policy.recompute_layers(resolved.get("recomputed_layers"), offload=resolved["recompute"] == "offload")
 
 
 def optimizer_of(run: Run, policy: Policy) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:

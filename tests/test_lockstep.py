@@ -70,7 +70,7 @@ class Lived:
 
 
 def alone(folder: Path, weights: str, wanted: Wanted, **attach: Any) -> Lived:
-    policy = model.attach(tiny.load(folder, weights), tiny.FIELDS | wanted.fields | attach, wanted.seed)
+    policy = model.attach(tiny.load(folder, weights), tiny.FIELDS | wanted.fields, wanted.seed, **attach)
     optimizer = optimizers.make(policy.model, weight_decay=wanted.decay)
     lived = Lived()
     for event in loop.run(policy, sft, wanted.examples, wanted.course, optimizer):
@@ -84,7 +84,7 @@ def members(
     base = tiny.load(folder, weights)
     made = []
     for name, wanted in all_.items():
-        policy = model.attach(shared_base.view(base), tiny.FIELDS | wanted.fields | attach, wanted.seed)
+        policy = model.attach(shared_base.view(base), tiny.FIELDS | wanted.fields, wanted.seed, **attach)
         optimizer = optimizers.make(policy.model, weight_decay=wanted.decay)
         made.append(
             Member(name=name, policy=policy, examples=wanted.examples, course=wanted.course, optimizer=optimizer)
@@ -160,9 +160,13 @@ def test_what_the_fused_step_does_not_cover_goes_by_its_own_module(tiny_base: Pa
     assert gradients_apart(tiny_base, "fp32", wanted) < BOUND
 
 
-def gradients_apart(folder: Path, weights: str, all_: dict[str, Wanted]) -> float:
+def test_without_kernels_it_is_the_same(tiny_base: Path) -> None:
+    assert gradients_apart(tiny_base, "fp32", unlike(), kernels=False) < BOUND
+
+
+def gradients_apart(folder: Path, weights: str, all_: dict[str, Wanted], **attach: Any) -> float:
     """The largest norm-relative difference of a gradient, tensor by tensor, of adapters that are awake."""
-    joint, made = members(folder, weights, all_)
+    joint, made = members(folder, weights, all_, **attach)
     recorders = [wake(member.policy) for member in made]
     made = [replace(member, optimizer=one) for member, one in zip(made, recorders, strict=True)]
     for _ in run(joint, sft, made):
@@ -170,7 +174,7 @@ def gradients_apart(folder: Path, weights: str, all_: dict[str, Wanted]) -> floa
     found = 0.0
     for member, recorder in zip(made, recorders, strict=True):
         one = all_[member.name]
-        policy = model.attach(tiny.load(folder, weights), tiny.FIELDS | one.fields, one.seed)
+        policy = model.attach(tiny.load(folder, weights), tiny.FIELDS | one.fields, one.seed, **attach)
         own = wake(policy)
         for _ in loop.run(policy, sft, one.examples, one.course, own):
             pass

@@ -30,6 +30,14 @@ def reference(
     return (losses if scales is None else losses * scales).sum()
 
 
+def plain(
+    hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``summed`` with all logits at once and torch's own gradient."""
+    found = cross_entropy(wide(head(hidden)), targets, reduction="none")
+    return (found if scales is None else found * scales.to(found.dtype)).sum()
+
+
 def wide(logits: torch.Tensor) -> torch.Tensor:
     """Logits in fp32, or in fp64 where they are that already: where softmax is computed."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -50,6 +50,8 @@ def site(layer: Any) -> AnySite | None:
     if hasattr(layer, "routed_site"):  # one linear under several adapters
         return layer.routed_site()  # type: ignore[no-any-return]
     if isinstance(layer, _Fused):
+        if layer.disable_adapters and not layer.merged:
+            return Site(base=layer.base_layer, scaling=0.0, a=None, b=None)
         name = _covered(layer)
         if name is None:
             return None
@@ -155,13 +157,15 @@ def _covered(layer: Any) -> str | None:
 class _Fused:
     """Mixed into PEFT's LoRA layers."""
 
+    disable_adapters: bool
+    merged: bool
     base_layer: Any
     scaling: dict[str, float]
     lora_A: Any  # noqa: N815 - PEFT's name
     lora_B: Any  # noqa: N815
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        own = None if args or kwargs else site(self)
+        own = None if args or kwargs or self.disable_adapters else site(self)
         if own is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         return apply(x, (own,))[0]

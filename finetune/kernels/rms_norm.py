@@ -5,6 +5,7 @@ The backward pass computes what it needs from x again, so that no fp32 copy of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,19 +44,20 @@ def backward(x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tens
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, ways: tuple[Way, Way]) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return forward(x, weight, eps)
+        ctx.eps, ctx.way_back = eps, ways[1]
+        return ways[0](x, weight, eps)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        return backward(x, weight, ctx.eps, grad), None, None
+        return ctx.way_back(x, weight, ctx.eps, grad), None, None, None
 
 
-def norm(x: torch.Tensor, module: Any) -> torch.Tensor:
-    """``module`` (a norm of transformers') applied to x, by this kernel where its weight is frozen."""
-    if module.weight.requires_grad:
-        return module(x)  # type: ignore[no-any-return]
-    return _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call, no-any-return]
+Way = Callable[..., torch.Tensor]
+
+
+def norm(x: torch.Tensor, module: Any, ways: tuple[Way, Way] = (forward, backward)) -> torch.Tensor:
+    """``module`` (a norm of transformers' with a frozen weight) applied to x. ``ways``: as these two, or compiled."""
+    return _RmsNorm.apply(x, module.weight, module.variance_epsilon, ways)  # type: ignore[no-untyped-call, no-any-return]

@@ -5,6 +5,7 @@ A rotation's gradient is the rotation back, so the backward pass keeps the angle
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,26 +20,29 @@ def reference(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
 def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     """Turned by the angles, or back by them where ``sign`` is -1. Shapes as ``reference``."""
     half = states.shape[-1] // 2
-    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-    first, second = states[..., :half], states[..., half:]
-    out = torch.empty_like(states)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    sin = sin[:, :, None, :half]
+    out = states * cos[:, :, None]
+    out[..., :half].addcmul_(states[..., half:], sin, value=-sign)
+    out[..., half:].addcmul_(states[..., :half], sin, value=sign)
     return out
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: Way) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return turned(states, cos, sin, 1)
+        ctx.way = way
+        return way(states, cos, sin, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return turned(grad, cos, sin, -1), None, None
+        return ctx.way(grad, cos, sin, -1), None, None, None
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``reference``, with a gradient."""
-    return _Rope.apply(states, cos, sin)  # type: ignore[no-untyped-call, no-any-return]
+Way = Callable[..., torch.Tensor]
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: Way = turned) -> torch.Tensor:
+    """``reference``, with a gradient. ``way``: ``turned``, or that compiled."""
+    return _Rope.apply(states, cos, sin, way)  # type: ignore[no-untyped-call, no-any-return]

@@ -7,6 +7,7 @@ sample's result cannot depend on what was packed beside it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -197,6 +198,7 @@ def packed(
     layout: Layout | None = None,
     sliding_window: int | None = None,
     position_ids: torch.Tensor | None = None,
+    plain: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The signature that transformers' layers call; ``layout`` travels from the model's keyword arguments.
@@ -211,12 +213,17 @@ def packed(
     if start := getattr(module.config, "logn_from", 0):
         assert position_ids is not None, "logn attention needs each token's position"
         query = logn.scaled(query, position_ids, start)
-    return attend(query, key, value, layout, scaling).transpose(1, 2).contiguous(), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    way = composed if plain else attend
+    return way(query, key, value, layout, scaling).transpose(1, 2).contiguous(), None
 
 
-def register() -> str:
-    """Make the attention known to transformers under the returned name. No mask function: none is ever built."""
+def register(*, plain: bool = False) -> str:
+    """Make the attention known to transformers under the returned name. No mask function: none is ever built.
+
+    ``plain``: with torch's own gradients."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, packed)
-    return NAME
+    name = f"{NAME}_plain" if plain else NAME
+    AttentionInterface.register(name, functools.partial(packed, plain=True) if plain else packed)
+    return name

@@ -87,5 +87,9 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 def loss(policy: Policy, batch: Batch) -> StepLoss:
     hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
-    total = cross_entropy.summed(hidden[batch.predictors], policy.head, batch.targets, batch.scales)
+    states = hidden[batch.predictors]
+    if policy.kernels:
+        total = cross_entropy.summed(states, policy.head, batch.targets, batch.scales)
+    else:
+        total = cross_entropy.plain(states, policy.head, batch.targets, batch.scales)
     return StepLoss(total=total, count=batch.count)

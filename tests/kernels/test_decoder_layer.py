@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels import decoder_layer
+from finetune import model
+from finetune.kernels import decoder_layer, lora_linear
 from finetune.model import Policy
 from finetune.objectives import sft
 from tests import tiny
@@ -34,6 +36,13 @@ def unfused(policy: Policy) -> Policy:
         assert issubclass(kind, decoder_layer._Layer)
         layer.__class__ = kind.__mro__[2]
     return policy
+
+
+def copy(one: Policy, other: Policy) -> None:
+    """Give ``other`` the adapter of ``one``."""
+    with torch.no_grad():
+        for name, value in other.trainable().items():
+            value.copy_(one.trainable()[name])
 
 
 @pytest.fixture
@@ -118,3 +127,68 @@ def test_less_is_kept_for_the_backward_pass(tiny_base: Path) -> None:
 
     one, two = kept(tiny.adapt(tiny.load(tiny_base))), kept(unfused(tiny.adapt(tiny.load(tiny_base))))
     assert one < 0.7 * two
+
+
+def test_a_trained_norm_goes_through_transformers_own(tiny_base: Path, fused_calls: list[int]) -> None:
+    policy = tiny.adapt(tiny.load(tiny_base))
+    layers(policy)[0].input_layernorm.weight.requires_grad_(True)
+    total, found = gradients(policy)
+    assert len(fused_calls) == 1  # the other layer
+    assert any("input_layernorm" in name for name in found)
+    assert total.isfinite()
+
+
+def test_without_the_adapter_it_is_the_base(tiny_base: Path, fused_calls: list[int]) -> None:
+    base, adapted = tiny.load(tiny_base), tiny.adapt(tiny.load(tiny_base))
+    batch = sft.collate(tiny.samples(LENGTHS))
+    with base.evaluating(), adapted.evaluating(adapter=False):
+        one, two = sft.loss(base, batch).total, sft.loss(adapted, batch).total
+    assert len(fused_calls) == 4
+    assert torch.equal(two, one)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_switched_off_it_is_transformers_and_pefts(
+    family: str, build_tiny: Callable[..., Path], tmp_path: Path, fused_calls: list[int]
+) -> None:
+    folder = build_tiny(tmp_path / family, family=family)
+    fast = tiny.adapt(tiny.load(folder, "nf4"))
+    off = model.attach(tiny.load(folder, "nf4"), tiny.FIELDS, 0, kernels=False)
+    copy(fast, off)
+    assert not any(isinstance(module, lora_linear._Fused) for module in off.model.modules())
+    one, found = gradients(fast)
+    two, wanted = gradients(off)
+    assert len(fused_calls) == 2
+    assert tiny.distance(one, two) < 1e-6
+    assert max(tiny.distance(found[name], wanted[name]) for name in found) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it itself
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for torch.compile")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_compiled_it_is_the_same(family: str, build_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = build_tiny(tmp_path / family, family=family)
+    plain = tiny.adapt(tiny.load(folder))
+    made = model.attach(tiny.load(folder), tiny.FIELDS, 0, compiled=True)
+    copy(plain, made)
+    for lengths in (LENGTHS, (20, 3)):
+        one, two = (sft.loss(policy, sft.collate(tiny.samples(lengths))).total for policy in (plain, made))
+        assert tiny.distance(two, one) < 1e-6
+        found, wanted = (
+            torch.autograd.grad(total, list(policy.trainable().values()))
+            for total, policy in ((two, made), (one, plain))
+        )
+        assert max(map(tiny.distance, found, wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("offload", [False, True])
+def test_recomputing_some_layers_keeps_the_bits(tiny_base: Path, count: int, offload: bool) -> None:
+    _, wanted = gradients(tiny.adapt(tiny.load(tiny_base, "nf4", "bf16")))
+    policy = tiny.adapt(tiny.load(tiny_base, "nf4", "bf16"))
+    policy.recompute_layers(count, offload=offload)
+    assert [layer.gradient_checkpointing for layer in layers(policy)] == [index < count for index in range(2)]
+    policy.model.train()
+    _, found = gradients(policy)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -1,0 +1,162 @@
+"""The sections of a recipe: every key with its type, its default and the sentence that editors show."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
+
+Positive = Annotated[int, Field(ge=1, le=_LIMIT)]
+Count = Annotated[int, Field(ge=0, le=_LIMIT)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen, strict (no text taken for a number, no bool for an int), and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Quantize(Section):
+    """How the frozen base weights are held while training."""
+
+    weights: Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"] = Field(
+        description="number format of the frozen base weights"
+    )
+    double: bool = Field(
+        default=True, description="nf4/fp4: store the block scales in 8 bits too (about 0.4 bits a weight less)"
+    )
+    compute: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="number format of the matrix products"
+    )
+
+
+class Adapter(Section):
+    """A PEFT method and that method's own fields, PEFT's defaults filled in."""
+
+    method: str = Field(description="PEFT method")
+    fields: dict[str, Any] = Field(description="the method's own PEFT field names")
+
+
+Format = Literal["auto", "alpaca", "chat", "completion", "kto", "preference", "sharegpt", "text"]
+
+
+class DataSource(Section):
+    """One of several places that rows come from."""
+
+    path: str = Field(description="a file, a folder, or a data set's id on the hub")
+    share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="share of the trained tokens that come from here; all shares together are 1"
+    )
+    format: Format = Field(default="auto", description="layout of a row; auto looks at the columns")
+    columns: dict[str, str] = Field(default={}, description="the format's column name → the one used here")
+    split: str = Field(default="train", description="split of a folder or of a data set on the hub")
+    subset: str | None = Field(default=None, description="configuration of a data set on the hub")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a data set on the hub")
+
+
+class Data(Section):
+    """Where the rows come from, and what of them is trained."""
+
+    train_path: str | None = Field(
+        default=None, description="rows to train on: a file, a folder, or a data set's id on the hub; or use sources"
+    )
+    sources: list[DataSource] = Field(default=[], description="several places with rows to train on; or use train_path")
+    eval_path: str | None = Field(
+        default=None, description="rows to judge on: a file, a folder, or a data set's id; or use eval_fraction"
+    )
+    eval_split: str = Field(default="test", description="split of eval_path, where that is a folder or on the hub")
+    eval_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="share of the training rows to hold out and judge on, between 0 and 1; or use eval_path",
+    )
+    format: Format = Field(default="auto", description="layout of a row; auto looks at the columns")
+    columns: dict[str, str] = Field(default={}, description="the format's column name → the one used in the files")
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant",
+        description="what is in the loss: every assistant turn, the last one of a row, or every token of it",
+    )
+    thinking: Literal["keep", "strip", "mask"] = Field(
+        default="keep",
+        description="reasoning in answers: as the template renders it, taken out, or read but not in the loss",
+    )
+    literal_tokens: list[str] = Field(
+        default=[], description="special tokens that may stand in a content as text; there they control nothing"
+    )
+    over_length: Literal["error", "drop", "truncate_turns", "split"] = Field(
+        default="error",
+        description="rows longer than train.max_length: refused, left out, cut by whole turns from the front, or split",
+    )
+
+
+class Train(Section):
+    """How long, how fast, how much at a time."""
+
+    steps: Positive | None = Field(default=None, description="optimizer steps; or use epochs")
+    epochs: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = Field(
+        default=None, description="passes over the training rows; or use steps"
+    )
+    examples_per_step: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="rows in one optimizer step, all devices together; or use tokens_per_step"
+    )
+    tokens_per_step: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
+        default=None, description="tokens in one optimizer step, all devices together; or use examples_per_step"
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="shape of the learning rate after warmup"
+    )
+    warmup: Count = Field(default=0, description="steps over which the learning rate rises from 0 to its peak")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lora_fa", "riemannian"] = Field(
+        default="adamw", description="what turns gradients into updates, see docs/training.md"
+    )
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="LoRA+: the learning rate of LoRA's B matrices times this; null means one rate"
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.0, description="decoupled weight decay of the adapter"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = Field(
+        default=1.0, description="gradients are scaled down to this 2-norm"
+    )
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(description="longest example, in tokens")
+    micro_batch_tokens: Annotated[int, Field(ge=8, le=100_000_000)] | Literal["auto"] = Field(
+        default="auto", description="tokens that go through the model at once on one device; auto fits the memory"
+    )
+    recompute: Literal["auto", "none", "layers", "offload"] = Field(
+        default="auto",
+        description="layers computed again in the backward pass to save memory: as many as the plan needs, none, all, "
+        "or all with their inputs kept in the machine's memory instead of the card's",
+    )
+    kernels: Literal["auto", "off"] = Field(
+        default="auto", description="fast paths of the training step; off computes as transformers and PEFT do"
+    )
+    compile: Literal["auto", True, False] = Field(
+        default="auto", description="torch.compile of the pointwise parts of a layer; auto: nowhere until measured"
+    )
+    save_every: Positive = Field(default=50, description="steps between checkpoints")
+    keep_last: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=2, description="checkpoints kept; older ones are removed"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="seed of data order, adapter start and dropout"
+    )
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0, description="processes that prepare rows; 0 means none extra"
+    )
+
+
+class Evaluate(Section):
+    """How the result is judged."""
+
+    metrics: Annotated[list[Literal["loss", "exact_match"]], Field(min_length=1)] = Field(
+        default=["loss"], description="what is measured on the held-out rows"
+    )
+    every: Count = Field(default=0, description="steps between evaluations; 0 means only at the start and the end")
+    rows: Positive | None = Field(default=None, description="held-out rows used, from the first; null means all")
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
+        default=64, description="longest generated answer, in tokens"
+    )
+    batch_rows: Annotated[int, Field(ge=1, le=100_000)] = Field(default=32, description="rows judged at once")

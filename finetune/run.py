@@ -141,9 +141,10 @@ class Run:
                 scores.record(self.folder, name, judged, held_out)
                 return
         bars: dict[str, Progress] = {}
+        whose = " ".join(filter(None, (self.prepared.located.name, name)))
 
         def show(what: str, done: int, of: int) -> None:
-            bars.setdefault(what, Progress(self.terminal, f"judging {name}: {what}"))(done, of)
+            bars.setdefault(what, Progress(self.terminal, f"judging {whose}: {what}"))(done, of)
 
         judged = evaluate.judge(policy, held_out, self.how(), adapter=adapter, progress=show)
         scores.record(self.folder, name, judged, held_out)

@@ -19,10 +19,6 @@ from finetune.recipe import Located
 
 _ALONE = "or train them one after the other: --set adapters=NAME"
 _UNROUTABLE = {
-    "lora_dropout": (
-        "dropout draws its noise for a whole pass, so that none would have that of its own run",
-        "set it to 0",
-    ),
     "use_dora": ("DoRA's norms need a pass of its own over the base's weights for each adapter", "set it to false"),
     "modules_to_save": (
         "a module that is trained whole cannot be shared, each adapter would need its own",
@@ -57,6 +53,9 @@ class JointPlan:
 
 def refuse_unroutable(runs: Sequence[Located]) -> None:
     """Raise RecipeError where an adapter has what only a pass of its own can give it."""
+    if runs[0].recipe.train.kernels == "off":
+        what = "without kernels each adapter goes through the base by itself, and nothing is shared"
+        raise RecipeError(what, runs[0].where("train.kernels"), f"remove it, {_ALONE}")
     faults = [
         Fault(f"{why} (adapter {run.name})", run.where(f"adapter.{key}"), f"{fix}, {_ALONE}")
         for run in runs

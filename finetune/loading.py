@@ -7,6 +7,7 @@ files there); quantising and moving to the device follow at once, so that memory
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -64,7 +65,8 @@ class Source:
             raise
         if self._change:
             value = self._change(name, value)
-        if not bool(torch.isfinite(value.to(self._dtype)).all()):
+        # The largest magnitude is NaN or infinite where any is: one pass, where isfinite makes a second tensor.
+        if not math.isfinite(torch.linalg.vector_norm(value.to(self._dtype), ord=math.inf)):
             what = f"tensor {place.stored or name} holds NaN or infinity"
             self._faults.append(Fault(what, str(self._base.folder / place.shard), "fetch the base again"))
         with self._lock:

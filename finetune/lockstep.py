@@ -89,7 +89,8 @@ def _passes(
     totals = dict.fromkeys(batches, 0.0)
     for number in range(max(map(len, batches.values()))):
         here = {who: own[number].to(joint.policy.device) for who, own in batches.items() if number < len(own)}
-        with joint.rows([(who, batch.tokens) for who, batch in here.items()]):
+        seeds = [members[who].course.noise_seed(step, number) for who in here]
+        with joint.rows([(who, batch.tokens) for who, batch in here.items()], seeds):
             states = joint.policy.hidden(*_packed(list(here.values())))
             total = torch.zeros((), device=states.device)
             low = 0

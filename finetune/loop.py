@@ -47,6 +47,10 @@ class Course:
     seed: int
     workers: int = 0
 
+    def noise_seed(self, step: int, micro_batch: int) -> int:
+        """Dropout noise belongs to these numbers, not to what ran before: resume needs no RNG state."""
+        return ((self.seed * 1_000_003 + step) * 8191 + micro_batch) % 2**63
+
     def rate(self, step: int) -> float:
         return schedule.learning_rate(
             step, total=len(self.steps), peak=self.peak_rate, warmup=self.warmup, kind=self.kind
@@ -116,8 +120,7 @@ def run(
         count = sum(batch.count for batch in batches)
         total = 0.0
         for number, batch in enumerate(batches):
-            # Dropout noise belongs to (seed, step, micro-batch), not to what ran before: resume needs no RNG state.
-            torch.manual_seed(((course.seed * 1_000_003 + step) * 8191 + number) % 2**63)
+            torch.manual_seed(course.noise_seed(step, number))
             result = objective.loss(policy, batch.to(policy.device))
             stop_if_not_finite(result.total, "loss", step, batch.rows)
             scaled = result.total / count

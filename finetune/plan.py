@@ -174,7 +174,7 @@ def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
         chosen = recipe.quantize.compute == "auto" and recipe.quantize.weights != "fp16"
         found.append(f"fp16 with loss scaling, {'since this device has no bf16' if chosen else 'as the recipe says'}")
     fields = recipe.adapter.fields
-    reason = "dropout" if fields.get("lora_dropout") else "DoRA" if fields.get("use_dora") else ""
+    reason = "DoRA" if fields.get("use_dora") else "a trained bias" if fields.get("lora_bias") else ""
     if reason:
         found.append(f"the fused LoRA step is off: {reason}; PEFT's own forward is used")
     return found

@@ -42,10 +42,29 @@ def _view(module: Any) -> Any:
 
 
 class Routes:
-    """Whose rows are whose in the pass that runs now: (low, high, member) in order, together all of them."""
+    """Whose rows are whose in the pass that runs now: (low, high, member) in order, together all of them.
+
+    ``noise``: the state of torch's generator as each member's own run would have it, by member; those with dropout.
+    """
 
     def __init__(self) -> None:
         self.places: tuple[tuple[int, int, int], ...] = ()
+        self.noise: dict[int, torch.Tensor] = {}
+        self.passes = 0
+
+    @contextlib.contextmanager
+    def noise_of(self, who: int) -> Iterator[None]:
+        """Inside, what is drawn is drawn as in the member's own run."""
+        if who not in self.noise:
+            yield
+            return
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.noise[who])
+        try:
+            yield
+            self.noise[who] = torch.get_rng_state()
+        finally:
+            torch.set_rng_state(before)
 
 
 class Routed(torch.nn.Module):
@@ -57,17 +76,29 @@ class Routed(torch.nn.Module):
     def __init__(self, base: torch.nn.Module, theirs: Sequence[torch.nn.Module], routes: Routes) -> None:
         super().__init__()
         self.shared = (base, tuple(theirs), routes)  # in a tuple: torch would take modules for its own
+        self._made: tuple[int, RoutedSite | None] = (0, None)
 
     def routed_site(self) -> RoutedSite | None:
-        """The linear with its adapters, as ``lora_linear`` takes it; None where one of them is not covered."""
+        """The linear with its adapters, as ``lora_linear`` takes it; None where one of them is not covered.
+
+        Made once a pass: a layer that is computed again must find the same dropout.
+        """
+        routes = self.shared[2]
+        if self._made[0] != routes.passes:
+            self._made = (routes.passes, self._site())
+        return self._made[1]
+
+    def _site(self) -> RoutedSite | None:
         base, theirs, routes = self.shared
         shares = []
         for low, high, who in routes.places:
-            own = lora_linear.site(theirs[who])
+            with routes.noise_of(who):
+                own = lora_linear.site(theirs[who])
             if not isinstance(own, Site):
                 return None
             if own.a is not None and own.b is not None:
-                shares.append(Share(low=low, high=high, scaling=own.scaling, a=own.a, b=own.b))
+                drop = own.dropped if own.dropout else None
+                shares.append(Share(low=low, high=high, scaling=own.scaling, a=own.a, b=own.b, drop=drop))
         return RoutedSite(base=base, shares=tuple(shares))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,21 +119,36 @@ class Joint:
     routes: Routes
 
     @contextlib.contextmanager
-    def rows(self, tokens: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """Inside, a pass over the policy holds these rows: (member, tokens) one after the other."""
+    def rows(self, tokens: Sequence[tuple[int, int]], seeds: Sequence[int] = ()) -> Iterator[None]:
+        """Inside, a pass over the policy holds these rows: (member, tokens) one after the other.
+
+        ``seeds``: of the noise of each, where there is dropout.
+        """
         places, low = [], 0
         for who, count in tokens:
             places.append((low, low + count, who))
             low += count
         self.routes.places = tuple(places)
+        self.routes.passes += 1
+        self.routes.noise = {
+            who: torch.Generator().manual_seed(seed).get_state()
+            for (who, _), seed in zip(tokens, seeds, strict=False)
+            if has_dropout(self.members[who])
+        }
         try:
             yield
         finally:
             self.routes.places = ()
+            self.routes.noise = {}
 
     def train(self) -> None:
         for policy in (self.policy, *self.members):
             policy.model.train()
+
+
+def has_dropout(policy: Policy) -> bool:
+    """Whether the policy's adapter draws noise in training."""
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in policy.model.modules())
 
 
 def join(base: Policy, members: Sequence[Policy]) -> Joint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,15 @@ def test_what_the_fused_step_does_not_cover_goes_by_its_own_module(tiny_base: Pa
     assert gradients_apart(tiny_base, "fp32", wanted) < BOUND
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_dropout_is_the_noise_of_its_own_run(tiny_base: Path, recompute: bool) -> None:
+    wanted = unlike()
+    for name, chance in (("wide", 0.3), ("long", 0.1)):
+        wanted[name].fields["lora_dropout"] = chance
+    for name, lived in together(tiny_base, "nf4", wanted, recompute).items():
+        assert apart(lived, alone(tiny_base, "nf4", wanted[name])) < BOUND, name
+
+
 def test_without_kernels_it_is_the_same(tiny_base: Path) -> None:
     assert gradients_apart(tiny_base, "fp32", unlike(), kernels=False) < BOUND
 
@@ -198,7 +208,7 @@ def wake(policy: Policy) -> tiny.Recorder:
 _ROWS, _SITE = shared_base.Joint.rows, shared_base.Routed.routed_site
 
 
-def wrong_rows(self: shared_base.Joint, tokens: Any) -> Any:
+def wrong_rows(self: shared_base.Joint, tokens: Any, seeds: Any) -> Any:
     """The rows of each are given to the next one's adapter."""
     who = [one for one, _ in tokens]
     return _ROWS(self, [(other, count) for other, (_, count) in zip([*who[1:], who[0]], tokens, strict=True)])
@@ -209,6 +219,11 @@ def wrong_scaling(self: shared_base.Routed) -> Any:
     site = _SITE(self)
     shares = site.shares if site else ()
     return site and replace(site, shares=tuple(replace(one, scaling=shares[0].scaling) for one in shares))
+
+
+def one_noise(self: shared_base.Routes, who: int) -> Any:
+    """Whatever the generator gives next."""
+    return contextlib.nullcontext()
 
 
 def shared_count(joint: Any, objective: Any, made: Any, step: int, batches: Any) -> Any:
@@ -245,6 +260,7 @@ _PASSES = lockstep._passes
         (shared_base.Joint, "rows", wrong_rows),
         (shared_base.Routed, "routed_site", wrong_scaling),
         (lockstep, "_passes", shared_count),
+        (shared_base.Routes, "noise_of", one_noise),
     ],
 )
 def test_a_planted_bug_is_seen(
@@ -256,8 +272,12 @@ def test_a_planted_bug_is_seen(
     bug: Any,
 ) -> None:
     monkeypatch.setattr(where, name, bug)
-    lived = together(tiny_base, "fp32", unlike())
-    assert max(apart(one, lone["fp32", who]) for who, one in lived.items()) > 100 * BOUND
+    wanted, own = unlike(), dict(lone)
+    if bug is one_noise:
+        wanted["few"].fields["lora_dropout"] = 0.2
+        own["fp32", "few"] = alone(tiny_base, "fp32", wanted["few"])
+    lived = together(tiny_base, "fp32", wanted)
+    assert max(apart(one, own["fp32", who]) for who, one in lived.items()) > 100 * BOUND
 
 
 def test_the_base_is_dequantised_once_for_all(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,10 @@ adapters:
       examples_per_step: 2
       seed: 5
 """
-RECIPE = runs.RECIPE.replace("runs/one", "runs/all") + ADAPTERS
+# One checkpoint is kept: the step that all have must not go before all have the next one.
+RECIPE = (
+    runs.RECIPE.replace("runs/one", "runs/all").replace("save_every: 2", "save_every: 2\n  keep_last: 1") + ADAPTERS
+)
 ROOT = Path("runs/all")
 NAMES = ("short", "wide")
 
@@ -123,24 +126,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "call"),
+    ("where", "name", "call", "step"),
     [
-        (checkpoint, "write", 2),  # between the saves of the first step that is saved: none is common yet
-        (checkpoint, "write", 4),  # between the saves at the end of the shorter one
-        (checkpoint, "write", 5),
-        (checkpoint, "rotate", 4),  # all are saved, one has lost its older checkpoints
-        (training, "write_adapter", 1),
-        (training, "finish", 1),  # the shorter one is written and judged, not finished
-        (lockstep.loop, "end_step", 9),  # long after it
-        (training, "finish", 2),
+        (checkpoint, "write", 2, 0),  # between the saves of the first step that is saved: none is common yet
+        (checkpoint, "write", 4, 2),  # between the saves at the end of the shorter one
+        (checkpoint, "write", 5, 3),
+        (checkpoint, "rotate", 4, 3),  # all are saved, one has lost its older checkpoints
+        (training, "write_adapter", 1, 3),
+        (training, "finish", 1, 3),  # the shorter one is written and judged, not finished
+        (lockstep.loop, "end_step", 9, 4),  # long after it
+        (training, "finish", 2, 6),
     ],
 )
 def test_killed_and_given_again_it_ends_with_the_same_bits(
-    place: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, call: int
+    place: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, call: int, step: int
 ) -> None:
+    """And goes on from the newest step that all have."""
     killed(monkeypatch, where, name, call)
     said = runs.train()
     assert said.code == 0, said.err
+    assert f"going on after step {step}" in said.out if step else "going on" not in said.out
     assert left(ROOT) == whole
 
 
@@ -214,7 +219,6 @@ def test_one_can_go_on_alone_and_is_told_so(place: Path, monkeypatch: pytest.Mon
 
 
 def test_who_stands_elsewhere_is_not_taken_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("r.yaml").write_text(RECIPE.replace("save_every: 2", "save_every: 2\n  keep_last: 1"))
     killed(monkeypatch, lockstep.loop, "end_step", 6)  # in step 3, saved at 2
     assert runs.train("adapters=wide").code == 0
     before = runs.snapshot(ROOT)
@@ -251,7 +255,7 @@ def test_lengthened_together(place: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "code", "said"),
     [
-        ("      r: 8\n", "      lora_dropout: 0.1\n", 2, "one after the other: --set adapters=NAME"),
+        ("  seed: 3\n", '  seed: 3\n  kernels: "off"\n', 2, "one after the other: --set adapters=NAME"),
         ("      r: 8\n", "      use_dora: true\n", 2, "DoRA's norms need a pass of its own"),
         ("      r: 8\n", "      modules_to_save: [norm]\n", 2, "trained whole cannot be shared"),
         ("micro_batch_tokens: 256", "micro_batch_tokens: 200", 2, "must hold one example of each of 2 adapters (256)"),

@@ -7,7 +7,7 @@ each adapter gets the gradient of a run of its own. ``lora_linear`` hands its si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -28,6 +28,8 @@ class Share:
     scaling: float
     a: torch.Tensor
     b: torch.Tensor
+    drop: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Dropout of this adapter's input: rows as it sees them, or their gradient on its way back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,9 @@ def reference(x: torch.Tensor, w: torch.Tensor, shares: Sequence[Share]) -> torc
     for one in shares:
         mine = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)
         mine[one.low : one.high] = one.scaling
-        y = y + mine * linear(linear(x, one.a), one.b)
+        rows = slice(one.low, one.high)
+        seen = x if one.drop is None else torch.cat([x[: one.low], one.drop(x[rows]), x[one.high :]])
+        y = y + mine * linear(linear(seen, one.a), one.b)
     return y
 
 
@@ -76,6 +80,38 @@ class _Range:
     def rank(self, ab: Tensors) -> int:
         return sum(len(ab[at]) for _, at, _ in self.parts)
 
+    def low_rank(self, rows: torch.Tensor, ab: Tensors) -> torch.Tensor:
+        """x Aᵀ of all parts side by side, from the adapter's own rows."""
+        a = [ab[at].to(rows.dtype) for _, at, _ in self.parts]
+        if any(share.drop for *_, share in self.parts):
+            return torch.cat(
+                [_seen(rows, share) @ one.T for (*_, share), one in zip(self.parts, a, strict=True)], dim=1
+            )
+        return rows @ torch.cat(a).T
+
+    def through_a(
+        self, slopes: Tensors, rows: torch.Tensor | None, grad_x: torch.Tensor | None, ab: Tensors
+    ) -> list[torch.Tensor | None]:
+        """The gradient of each part's A, from those of x Aᵀ; what reaches the rows is added to ``grad_x``."""
+        a = [ab[at] for _, at, _ in self.parts]
+        if any(share.drop for *_, share in self.parts):
+            for (*_, share), slope, one in zip(self.parts, slopes, a, strict=True) if grad_x is not None else ():
+                grad_x.add_(_seen(slope @ one.to(slope.dtype), share))  # type: ignore[union-attr]
+            if rows is None:
+                return [None] * len(a)
+            seen = [_seen(rows, share) for *_, share in self.parts]
+            return [(slope.T @ x).to(one.dtype) for slope, x, one in zip(slopes, seen, a, strict=True)]
+        slope = torch.cat(list(slopes), dim=1)
+        if grad_x is not None:
+            grad_x.addmm_(slope, torch.cat([one.to(slope.dtype) for one in a]))
+        if rows is None:
+            return [None] * len(a)
+        return list(torch.split((slope.T @ rows).to(a[0].dtype), [len(one) for one in a]))
+
+
+def _seen(rows: torch.Tensor, share: Share) -> torch.Tensor:
+    return rows if share.drop is None else share.drop(rows)
+
 
 def _ranges(sites: Sequence[RoutedSite]) -> list[_Range]:
     found: dict[tuple[int, int], list[tuple[int, int, Share]]] = {}
@@ -96,8 +132,7 @@ def forward(rows: torch.Tensor, sites: Sequence[RoutedSite], ab: Tensors) -> tup
     ranges = _ranges(sites)
     inner = rows.new_empty(len(rows), max((one.rank(ab) for one in ranges), default=0))
     for one in ranges:
-        mine = inner[one.low : one.high, : one.rank(ab)]
-        torch.mm(rows[one.low : one.high], torch.cat([ab[at].to(rows.dtype) for _, at, _ in one.parts]).T, out=mine)
+        mine = inner[one.low : one.high, : one.rank(ab)].copy_(one.low_rank(rows[one.low : one.high], ab))
         for (number, at, share), columns in zip(one.parts, one.columns(ab), strict=True):
             y = outputs[number][one.low : one.high]
             y.addmm_(mine[:, columns], ab[at + 1].to(y.dtype).T, alpha=share.scaling)
@@ -123,11 +158,7 @@ def backward(
             grad, b = grads[number][one.low : one.high], ab[at + 1]
             slopes.append((grad @ b.to(grad.dtype)).mul_(share.scaling))
             found[at + 1] = (grad.T @ mine[:, columns]).to(b.dtype).mul_(share.scaling)
-        slope = torch.cat(slopes, dim=1)
-        if rows is not None:
-            to_a = (slope.T @ rows[one.low : one.high]).to(ab[0].dtype)
-            for (_, at, _), columns in zip(one.parts, one.columns(ab), strict=True):
-                found[at] = to_a[columns]
-        if grad_x is not None:
-            grad_x[one.low : one.high].addmm_(slope, torch.cat([ab[at].to(slope.dtype) for _, at, _ in one.parts]))
+        own_rows, own_grad = (None if part is None else part[one.low : one.high] for part in (rows, grad_x))
+        for (_, at, _), to_a in zip(one.parts, one.through_a(slopes, own_rows, own_grad, ab), strict=True):
+            found[at] = to_a
     return grad_x, found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,6 +56,20 @@ def test_it_is_its_definition(case: str, dtype: torch.dtype, bound: float) -> No
 def test_gradients_by_differences(case: str) -> None:
     x, layer, matrices = parts(case, torch.float64)
     assert torch.autograd.gradcheck(lambda x, *given: routed(x, layer, shares(case, list(given))), (x, *matrices))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dropout_is_the_adapters_own(case: str) -> None:
+    """By a mask, which is the same both ways."""
+    x, layer, matrices = parts(case, torch.float64)
+    mask = (torch.rand(12, 6, generator=torch.Generator().manual_seed(3)) < 0.6).double()
+
+    def dropping(given: list[torch.Tensor]) -> list[Share]:
+        return [replace(one, drop=lambda rows: rows * mask[: len(rows)]) for one in shares(case, given)]
+
+    expected = lora_routed.reference(x[0], layer.weight, dropping(matrices))
+    assert torch.allclose(routed(x, layer, dropping(matrices))[0], expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, *given: routed(x, layer, dropping(list(given))), (x, *matrices))
 
 
 def test_rows_of_one_adapter_give_nothing_to_another() -> None:

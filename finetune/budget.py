@@ -123,7 +123,7 @@ def fit(
     rows = chunk_rows(shape.vocab, hardware.device)
     head = rows * shape.vocab * (4 + BYTES[compute])
     room = hardware.free_memory * USABLE - fixed - head
-    step = _step_tokens(recipe, load)
+    step = step_tokens(recipe, load)
 
     def bytes_of(layers: int, offload: bool) -> tuple[int, int]:
         return token_bytes(shape, compute, layers, offload=offload, kernels=train.kernels != "off")
@@ -163,7 +163,7 @@ def _token_time(recomputed: float, offload: bool, micro: int, hardware: Hardware
     return 1 + _RECOMPUTE * recomputed + (_OFFLOAD if offload else 0) + _PASS_TOKENS[hardware.device] / micro
 
 
-def _step_tokens(recipe: Recipe, load: Load | None) -> int | None:
+def step_tokens(recipe: Recipe, load: Load | None) -> int | None:
     """The most tokens that one step can hold, where that is known."""
     if recipe.train.tokens_per_step:
         return recipe.train.tokens_per_step

@@ -18,7 +18,9 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear
 from torch.nn.functional import linear
 
+from finetune.kernels import lora_routed
 from finetune.kernels.frozen_linear import dense_weight
+from finetune.kernels.lora_routed import RoutedSite
 
 Tensors = Sequence[torch.Tensor]
 
@@ -52,8 +54,15 @@ class Site:
         return kept.mul_(x).mul_(1 / (1 - self.dropout))
 
 
-def site(layer: Any) -> Site | None:
+AnySite = Site | RoutedSite
+Sites = Sequence[Any]
+"""Linears with one input: ``Site`` all, or ``RoutedSite`` all."""
+
+
+def site(layer: Any) -> AnySite | None:
     """What a linear, adapted or not, computes; None where that is more than this module covers."""
+    if hasattr(layer, "routed_site"):  # one linear under several adapters
+        return layer.routed_site()  # type: ignore[no-any-return]
     if isinstance(layer, _Fused):
         if layer.disable_adapters and not layer.merged:
             return Site(base=layer.base_layer, scaling=0.0, a=None, b=None)
@@ -70,8 +79,10 @@ def site(layer: Any) -> Site | None:
     return Site(base=layer, scaling=0.0, a=None, b=None) if frozen else None
 
 
-def matrices(sites: Sequence[Site]) -> list[torch.Tensor]:
+def matrices(sites: Sites) -> list[torch.Tensor]:
     """A and B of each adapted site in turn, as ``forward`` and ``backward`` take them."""
+    if lora_routed.are_routed(sites):
+        return lora_routed.matrices(sites)
     return [value for one in sites if one.a is not None and one.b is not None for value in (one.a, one.b)]
 
 
@@ -80,11 +91,13 @@ def trains_a(ab: Tensors) -> bool:
     return any(a.requires_grad for a in ab[::2])
 
 
-def forward(rows: torch.Tensor, sites: Sequence[Site], ab: Tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
+def forward(rows: torch.Tensor, sites: Sites, ab: Tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
     """(each site's output [tokens, out], x Aᵀ of all adapted sites side by side [tokens, sum of r]).
 
     rows: [tokens, in]; ``ab``: ``matrices(sites)``.
     """
+    if lora_routed.are_routed(sites):
+        return lora_routed.forward(rows, sites, ab)
     inner = _inner(rows, [one for one in sites if one.a is not None], [a.to(rows.dtype) for a in ab[::2]])
     parts = iter(torch.split(inner, [len(a) for a in ab[::2]], dim=1))
     bs = iter(ab[1::2])
@@ -106,9 +119,12 @@ def _inner(rows: torch.Tensor, adapted: Sequence[Site], a: Tensors) -> torch.Ten
 
 
 def backward(
-    grads: Tensors, rows: torch.Tensor | None, inner: torch.Tensor, sites: Sequence[Site], ab: Tensors, *, need_x: bool
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    grads: Tensors, rows: torch.Tensor | None, inner: torch.Tensor, sites: Sites, ab: Tensors,
+    *, need_x: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
     """(the gradient of rows, those of ``ab``), from those of the outputs. ``rows``: None where no A is trained."""
+    if lora_routed.are_routed(sites):
+        return lora_routed.backward(grads, rows, inner, sites, ab, need_x=need_x)
     parts = iter(torch.split(inner, [len(a) for a in ab[::2]], dim=1))
     bs, slopes, to_b = iter(ab[1::2]), list[torch.Tensor](), list[torch.Tensor]()
     grad_x: torch.Tensor | None = None
@@ -150,7 +166,7 @@ def _through_a(
 
 class _LoraMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sites: Sequence[Site], *ab: torch.Tensor) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, sites: Sites, *ab: torch.Tensor) -> Any:
         rows = x.reshape(-1, x.shape[-1])
         outputs, inner = forward(rows, sites, ab)
         ctx.save_for_backward(rows if trains_a(ab) else None, inner, *ab)
@@ -165,7 +181,7 @@ class _LoraMatmul(torch.autograd.Function):
         return (None if grad_x is None else grad_x.view(ctx.shape), None, *to_ab)
 
 
-def apply(x: torch.Tensor, sites: Sequence[Site]) -> tuple[torch.Tensor, ...]:
+def apply(x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
     """The outputs of linears with one input, with their gradients. x: [..., in] → [..., out] each."""
     return _LoraMatmul.apply(x, sites, *matrices(sites))  # type: ignore[no-untyped-call, no-any-return]
 

@@ -28,8 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.contestants import gpu_peers  # noqa: E402 — found only now
+from benchmarks.contestants.gpu_peers import forget_peak, synchronised  # noqa: E402
+
 SHAPES = {"qwen2.5-14b": "Qwen/Qwen2.5-14B", "qwen-14b": "Qwen/Qwen-14B", "tiny": "data/bases/tiny"}
-CONTESTANTS = ("finetune", "finetune-recompute", "trl", "trl-padding-free", "trl-liger")
+OURS = ("finetune", "finetune-recompute")
+CONTESTANTS = (*OURS, *gpu_peers.SETTINGS)
 LENGTHS, ROWS = (256, 512, 1024, 2048, 4096, 8192), (1, 8)
 SKIP, STEPS, RANK = 1, 4, 16
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -96,12 +100,11 @@ def _measure_all(asked: dict[str, Any]) -> int:
     import torch
 
     points = [Point(**point) for point in asked["points"]]
-    step = _ours if points[0].contestant.startswith("finetune") else _theirs
     base, model = _base(points[0].shape)
     with Path(asked["result"]).open("a") as result:
         for point in points:
             try:
-                timed = step(base, model, point)
+                timed = _ours(base, model, point) if point.contestant in OURS else _theirs(base, model, point)
                 found = _figures(base, point, timed)
             except torch.OutOfMemoryError as error:
                 found = {"failed": f"out of memory: {str(error).splitlines()[0][:120]}"}
@@ -190,10 +193,10 @@ def _ours(base: Any, model: Any, point: Point) -> list[float]:
     try:
         for number in range(SKIP + STEPS):
             if number == SKIP:
-                _forget_peak()
+                forget_peak()
             began = time.perf_counter()
             next(events)
-            timed.append(_synchronised() - began)
+            timed.append(synchronised() - began)
     finally:
         events.close()
         policy.model.unload()
@@ -201,60 +204,8 @@ def _ours(base: Any, model: Any, point: Point) -> list[float]:
 
 
 def _theirs(base: Any, model: Any, point: Point) -> list[float]:
-    """Through TRL's trainer, with bitsandbytes' own layers."""
-    import torch
-    from bitsandbytes.nn import Linear4bit
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # exported lazily
-
-    from finetune.kernels import decoder_layer
-    from finetune.kernels.frozen_linear import FrozenLinear4bit
-
-    decoder_layer.fuse(model, None)
-    for module in model.modules():
-        if type(module) is FrozenLinear4bit:
-            module.__class__ = Linear4bit
-    timed: list[float] = []
-
-    class Laps(TrainerCallback):  # type: ignore[misc]  # transformers gives no types here
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if len(timed) == SKIP:
-                _forget_peak()
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            timed.append(_synchronised() - self.began)
-
-    settings: dict[str, Any] = {
-        "trl": {}, "trl-padding-free": {"padding_free": True}, "trl-liger": {"use_liger_kernel": True},
-    }[point.contestant]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
-            model=model, train_dataset=Dataset.from_list(_rows(base, point)),
-            args=SFTConfig(
-                output_dir=folder, per_device_train_batch_size=point.rows, max_steps=SKIP + STEPS, max_length=None,
-                bf16=True, use_cpu=not torch.cuda.is_available(), report_to="none", save_strategy="no",
-                disable_tqdm=True, learning_rate=1e-4, **settings,
-            ),
-            peft_config=LoraConfig(task_type="CAUSAL_LM", **_lora()), callbacks=[Laps()],
-            processing_class=_tokenizer(base.shape.vocab),
-        )  # fmt: skip
-        try:
-            trainer.train()
-        finally:
-            trainer.model.unload()
-    return timed[SKIP:]
-
-
-def _tokenizer(vocab: int) -> Any:
-    """TRL wants one; the rows are ids already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.WordLevel({str(number): number for number in range(min(vocab, 100))}, unk_token="0"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="1", eos_token="2", unk_token="0")
+    work = gpu_peers.Work(rows=_rows(base, point), at_once=point.rows, skip=SKIP, lora=_lora())
+    return gpu_peers.steps(point.contestant, model, work)
 
 
 def _figures(base: Any, point: Point, seconds: list[float]) -> dict[str, Any]:
@@ -273,21 +224,6 @@ def _figures(base: Any, point: Point, seconds: list[float]) -> dict[str, Any]:
         "seconds": seconds, "tokens_per_second": speed, "peak_memory": memory, "useful_flops_per_token": useful,
         "mfu": speed * useful / peak if peak else None,
     }  # fmt: skip
-
-
-def _synchronised() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _forget_peak() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _clear() -> None:

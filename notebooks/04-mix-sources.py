@@ -117,7 +117,7 @@ print(*mixtures.values(), sep="\n")
 found = {}
 for number, (name, change) in enumerate(mixtures.items()):
     said = io.StringIO()
-    run = pipeline.train(Path("recipe.yaml"), [change, f"output=runs/{number}"], Terminal(out=said))
+    (run,) = pipeline.train(Path("recipe.yaml"), [change, f"output=runs/{number}"], Terminal(out=said))
     found[name] = scores.read(run)
     print(name, *(line for line in said.getvalue().splitlines() if "of the tokens" in line), sep="\n")
 

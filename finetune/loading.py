@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from finetune import layouts
+from finetune import hardware, layouts
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, Fault, ModelError
 from finetune.kernels import four_bit, frozen_linear, logn
 from finetune.shards import Reader
 
+_PIECE = 1 << 22
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -64,7 +65,7 @@ class Source:
             raise
         if self._change:
             value = self._change(name, value)
-        if not bool(torch.isfinite(value.to(self._dtype)).all()):
+        if not _finite(value, self._dtype):
             what = f"tensor {place.stored or name} holds NaN or infinity"
             self._faults.append(Fault(what, str(self._base.folder / place.shard), "fetch the base again"))
         with self._lock:
@@ -77,6 +78,11 @@ class Source:
         """Raise ModelError with what was wrong in the tensors read so far."""
         if self._faults:
             raise ModelError.of(self._faults[:20])
+
+
+def _finite(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is finite in ``dtype``, a piece at a time: of an embedding at once it takes two and a half copies."""
+    return all(bool(torch.isfinite(piece.to(dtype)).all()) for piece in torch.split(value.reshape(-1), _PIECE))
 
 
 class _Lazy:
@@ -142,6 +148,7 @@ def load(
     model.config.use_cache = False
     model.name_or_path = str(base.folder)  # where PEFT looks for the base's name
     model.generation_config = GenerationConfig(**layouts.generation(base))
+    hardware.trim()
     return model
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from finetune import schedule
-from finetune.errors import ModelError
+from finetune import hardware, schedule
+from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import out_of_reach
 from finetune.optimizer import RATIO
 
@@ -65,6 +65,8 @@ class StepDone:
     supervised: int
     samples: int
     seconds: float
+    waited: float
+    """Of ``seconds``, those in which the device had nothing to do: the step's samples were fetched and collated."""
     loss_scale: float | None
 
 
@@ -108,8 +110,11 @@ def run(
     """
     parameters = list(policy.trainable().values())
     policy.model.train()
-    for step, batches in enumerate(_batches(_StepBatches(examples, course, objective), start), start):
+    fetched = _batches(_StepBatches(examples, course, objective), start)
+    for step in range(start, len(course.steps)):
         began = time.perf_counter()
+        batches = next(fetched)
+        waited = time.perf_counter() - began
         count = sum(batch.count for batch in batches)
         total = 0.0
         for number, batch in enumerate(batches):
@@ -123,9 +128,14 @@ def run(
             on_micro_batch(number + 1, len(batches))
         rate = course.rate(step)
         rows = [row for batch in batches for row in batch.rows]
-        norm = _update(optimizer, parameters, rate, course.max_grad_norm, scaler)
+        try:
+            norm = _update(optimizer, parameters, rate, course.max_grad_norm, scaler)
+        except torch.OutOfMemoryError as error:  # some tensors may have been moved: this step cannot be repeated
+            what = f"out of memory in the optimizer: {str(error).splitlines()[0]}"
+            raise EnvironmentFault(what, f"step {step + 1}", "choose an 8-bit or paged train.optimizer") from None
         if norm is None or not math.isfinite(norm):
             _stop_if_not_finite(torch.tensor(math.nan), "gradient", step, rows)
+        hardware.trim()
         yield StepDone(
             step=step + 1,
             loss=total / count,
@@ -135,6 +145,7 @@ def run(
             supervised=sum(batch.supervised for batch in batches),
             samples=len(rows),
             seconds=time.perf_counter() - began,
+            waited=waited,
             loss_scale=scaler.get_scale() if scaler else None,
         )
 

@@ -30,6 +30,19 @@ def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float
     return prepared.plan
 
 
+def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[str, Any]:
+    """The plan, then two steps on its heaviest micro-batch: what was predicted, and what came. Writes nothing."""
+    prepared = prepare.prepare(recipe, overrides, progress=_reading(terminal, "reading"))
+    for line in plan_lines(prepared.plan):
+        terminal.say(line)
+    from finetune import probe as probing
+
+    found = probing.probe(prepared, terminal)
+    for line in found.lines():
+        terminal.say(line)
+    return prepared.plan.to_dict() | {"probe": found.to_dict()}
+
+
 def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False) -> RunFolder:
     """The same checks, then the run: begun, or taken up where it stands."""
     show = _reading(terminal, "reading")

@@ -53,6 +53,7 @@ class Prepared:
     commit: str | None
     samples: Samples | None
     held_out: HeldOut | None
+    load: Load | None = None
     named: tuple[Named, ...] = ()
 
     @property
@@ -83,7 +84,7 @@ def prepare(
     gathered = gather.gather(located.recipe, renderer, progress)
     _refuse_long_answers(located, base, gathered.held_out)
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
-    load = _load(located.recipe, gathered)
+    load = _load(located.recipe, gathered, len(renderer.tokenizer))
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
         notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes],
@@ -94,7 +95,7 @@ def prepare(
         raise EnvironmentFault(what, made.output, "free some space, or lower train.keep_last")
     return Prepared(
         located=located, hardware=machine, base=base, plan=made, commit=found.commit, samples=gathered.samples,
-        held_out=gathered.held_out, named=gathered.named,
+        held_out=gathered.held_out, load=load, named=gathered.named,
     )  # fmt: skip
 
 
@@ -206,14 +207,18 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
     return located, _renderer(located, _inspect(located, found.folder))
 
 
-def _load(recipe: Recipe, gathered: Gathered) -> Load:
+def _load(recipe: Recipe, gathered: Gathered, vocabulary: int) -> Load:
     held_out, samples = gathered.held_out, gathered.samples
-    times = 2 + (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 2
-    tokens = sum(len(example.ids) for example in held_out.examples) if held_out else 0
+    between = (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 0
+    prompts = [len(question.prompt) for question in held_out.questions] if held_out else []
     return Load(
         lengths=samples.lengths.tolist(),
         supervised=samples.supervised.tolist(),
         parts=samples.part_list(),
-        evaluated_tokens=times * tokens,
-        generated_rows=len(held_out.questions) if held_out else 0,
+        evaluations=2 + between if held_out else 0,
+        evaluated_tokens=sum(len(example.ids) for example in held_out.examples) if held_out else 0,
+        generated_rows=len(prompts),
+        prompt_tokens=sum(prompts),
+        longest_prompt=max(prompts, default=0),
+        vocabulary=vocabulary,
     )

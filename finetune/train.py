@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, devices, loop, manifest, metrics, model
+from finetune import checkpoint, devices, fallback, manifest, metrics, model
 from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
-from finetune.errors import EnvironmentFault, ModelError
+from finetune.errors import ModelError
 from finetune.interrupts import StopRequest, stop_requests
 from finetune.loop import Course, StepDone
 from finetune.metrics import StepLog
 from finetune.model import Policy
-from finetune.objectives import sft
 from finetune.prepare import Prepared
 from finetune.recipe import yamlfile
 from finetune.run import Run
@@ -93,10 +92,6 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     policy = model.attach(
         policy, chosen.adapter_fields, course.seed, kernels=wanted.kernels != "off", compiled=wanted.compile is True
     )
-    if run.identity.resolved["recompute"] != "none":
-        policy.recompute_layers(
-            run.identity.resolved.get("recomputed_layers"), offload=run.identity.resolved["recompute"] == "offload"
-        )
     optimizer = optimizers.make(
         policy.model, wanted.optimizer, weight_decay=wanted.weight_decay, lora_plus_ratio=wanted.lora_plus_ratio
     )
@@ -106,7 +101,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
     if start and run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
         run.judge(policy, f"step {start}")
-    events = loop.run(policy, sft, run.samples, course, optimizer, start, scaler)
+    events = fallback.steps(run, policy, course, optimizer, start, scaler)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
         while done < total:
@@ -156,10 +151,6 @@ def _next(events: Any, run: Run) -> StepDone:
         kept = f"last good checkpoint: {checkpoint.folder_name(last.step)}" if last else "no checkpoint was written yet"
         fault = error.faults[0]
         raise ModelError(fault.what, fault.where, f"{fault.fix}; {kept}") from None
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFault(
-            f"out of memory: {str(error).splitlines()[0]}", "this step", "set train.micro_batch_tokens lower"
-        ) from None
     return event
 
 

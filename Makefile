@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-merge bench-plan notebooks clean
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -63,9 +63,30 @@ rehearsal-14b: setup
 notebooks: setup
 	$(RUN)/python notebooks/make.py
 
-bench: base
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock
+# The peers that benchmarks/ measures against, in an environment of their own with the same versions of what is shared.
+.venv-bench/installed: pyproject.toml requirements.lock
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt -c requirements.lock
+	@touch $@
+
+# BENCH_STEPS=2 for a short one. On a machine that does nothing else.
+bench: base .venv-bench/installed
 	$(RUN)/python benchmarks/train.py
+
+# The loss of every case against the padded, unpacked reference.
+bench-loss: base .venv-bench/installed
+	$(RUN)/python benchmarks/train.py --loss
+
+# On any CUDA card; says so where there is none. TRL and Liger are measured where they are installed beside it.
+bench-gpu: setup
+	$(RUN)/python benchmarks/gpu.py
+
+# Cost over 2 to 32 times the work, and its picture.
+bench-scaling: base
+	$(RUN)/python benchmarks/scaling.py
+
+bench-data: base
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock
 	$(RUN)/python benchmarks/data.py
 
 bench-merge: setup

@@ -64,8 +64,10 @@ class Running:
                 cwd=ROOT, env=os.environ | ENVIRONMENT | own | pages, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=log, text=True,
             )  # fmt: skip
-        if job.turns:
-            self._answer()
+
+    def ready(self) -> None:
+        """Wait until it stands before its first step."""
+        self._answer()
 
     def step(self) -> float:
         """Let it take one step; its wall seconds."""
@@ -116,15 +118,25 @@ def compete(entries: Mapping[str, Entry], job: Job, huge_pages: bool, told: str)
         try:
             for name, entry in entries.items():
                 running.append(Running(name, entry, replace(job, turns=True), Path(scratch), huge_pages))
+            for one in running:
+                one.ready()
             for number in range(len(job.steps)):
                 at = number % len(running)
                 spent = {one.name: one.step() for one in (*running[at:], *running[:at])}
                 said = "  ".join(f"{name} {spent[name]:.2f} s" for name in entries)
                 print(f"{told}  step {number + 1}/{len(job.steps)}  {said}", flush=True)
-            return {one.name: one.finish() for one in running}
+            found = {one.name: one.finish() for one in running}
+            return {name: one | {"tokens_per_second": speeds(one, job)} for name, one in found.items()}
         finally:
             for one in running:
                 one.stop()
+
+
+def peer_versions() -> dict[str, str]:
+    """What the peers' environment has beside the packages that both share."""
+    asked = "import importlib.metadata as m; print(m.version('trl'), m.version('torch'), m.version('transformers'))"
+    done = subprocess.run([PEERS, "-c", asked], capture_output=True, text=True, check=True)
+    return dict(zip(("trl", "torch of the peers", "transformers of the peers"), done.stdout.split(), strict=True))
 
 
 def speeds(found: Mapping[str, Any], job: Job) -> list[float]:

@@ -265,6 +265,15 @@ def _token_time(recomputed: float, offload: bool, micro: int, hardware: Hardware
     return 1 + _RECOMPUTE * recomputed + (_OFFLOAD if offload else 0) + _PASS_TOKENS[hardware.device] / micro
 
 
+def step_tokens(recipe: Recipe, load: Load | None) -> int | None:
+    """The most tokens that one step can hold, where that is known."""
+    if recipe.train.tokens_per_step:
+        return recipe.train.tokens_per_step
+    if load and recipe.train.examples_per_step:
+        return sum(sorted(load.lengths)[-recipe.train.examples_per_step :])
+    return None
+
+
 def _generation_bytes(need: Need) -> int:
     """Bytes while answers are generated: the cache, and on a CPU the 4-bit linears, dequantised once and kept."""
     recipe, shape, load, width = need.recipe, need.shape, need.load, BYTES[need.compute]

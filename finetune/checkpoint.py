@@ -49,7 +49,14 @@ def folder_name(step: int) -> str:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Write a checkpoint below ``folder`` and then remove all but the newest ``keep_last``.
+    """Write a checkpoint below ``folder`` and then remove all but the newest ``keep_last``. Raises as ``write``."""
+    target = write(folder, checkpoint)
+    rotate(folder, checkpoint.step, keep_last)
+    return target
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint below ``folder``; the others stay.
 
     Raises:
         ModelError: an adapter weight is not finite; nothing is written, the checkpoint before stays.
@@ -66,7 +73,6 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
         STATE: json_bytes({"step": checkpoint.step, "scaler": checkpoint.scaler}),
     }
     write_folder(target, files)
-    rotate(folder, checkpoint.step, keep_last)
     return target
 
 
@@ -93,6 +99,17 @@ def write_folder(target: Path, files: dict[str, bytes]) -> None:
 def _newest_first(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def steps(folder: Path, say: Callable[[str], None]) -> list[int]:
+    """The steps of all checkpoints that verify, the newest first. Damaged ones are named through ``say``."""
+    found = []
+    for path in _newest_first(folder):
+        if faults := manifest.faults(path):
+            say(f"checkpoint {path} is passed over: {faults[0]}")
+        else:
+            found.append(int(path.name[5:]))
+    return found
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:

@@ -25,6 +25,8 @@ class Session:
 
     accelerator: Any
     tracker: str
+    prefix: str = ""
+    """Stands before every name that is logged: several adapters share one tracked run."""
 
     @property
     def tracking(self) -> bool:
@@ -32,7 +34,7 @@ class Session:
 
     def log(self, values: dict[str, float], step: int) -> None:
         if self.tracking:
-            self.accelerator.log(values, step=step)
+            self.accelerator.log({f"{self.prefix}{name}": value for name, value in values.items()}, step=step)
 
     def finish(self) -> None:
         if self.tracking:

@@ -6,7 +6,7 @@ library is allowed and said, because the bits may then differ.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,18 @@ _FREE = ("tracker", "output", "train.workers")
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """``recipe``: flat keys and values. ``data``, ``base``: file → sha-256. ``resolved``: what ``auto`` became."""
+    """``recipe``: flat keys and values. ``data``, ``base``: file → sha-256. ``resolved``: what ``auto`` became.
+
+    ``together``: the other adapters whose rows went through the same passes. A product over more rows may round
+    otherwise, so that bits hang on it.
+    """
 
     recipe: dict[str, Any]
     data: dict[str, str]
     base: dict[str, str]
     resolved: dict[str, Any]
     environment: dict[str, Any]
+    together: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -70,13 +75,28 @@ def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list
     _raise(RecipeError, faults)
     _raise(DataError, _changed(old.data, new.data))
     _raise(ModelError, _changed(old.base, new.base))
+    _raise(RecipeError, _joined(old, new, folder))
     machine = _differences(old.environment, new.environment)
-    return [
+    left = [name for name in old.together if name not in new.together]
+    alone = f"{folder.name} was trained together with {', '.join(old.together)} and goes on without {', '.join(left)}"
+    said = [f"{alone}: its bits will differ from an unbroken run's"] if left else []
+    return said + [
         f"{key} was {old.environment.get(key)} and is {new.environment.get(key)} now: "
         "the run goes on, but its bits will differ from an unbroken one"
         for key in machine
         if key != "threads"
     ]
+
+
+def _joined(old: Identity, new: Identity, folder: Path) -> list[Fault]:
+    """Adapters that were not there when the run began: they would begin beside one that is under way."""
+    added = [name for name in new.together if name not in old.together]
+    what = f"this adapter began without {', '.join(added)}"
+    return (
+        [Fault(what, str(folder), "go on with it alone (--set adapters=NAME), or give another `output:`")]
+        if added
+        else []
+    )
 
 
 def _fix(key: str, old: Identity, new: Identity) -> str:

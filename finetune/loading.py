@@ -7,6 +7,7 @@ files there); quantising and moving to the device follow at once, so that memory
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -81,8 +82,12 @@ class Source:
 
 
 def _finite(value: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether it is finite in ``dtype``, a piece at a time: of an embedding at once it takes two and a half copies."""
-    return all(bool(torch.isfinite(piece.to(dtype)).all()) for piece in torch.split(value.reshape(-1), _PIECE))
+    """Whether it is finite in ``dtype``, a piece at a time: an embedding is large, and would be copied.
+
+    The largest magnitude is NaN or infinite where any is: one pass, where isfinite makes a second tensor.
+    """
+    pieces = torch.split(value.reshape(-1), _PIECE)
+    return all(math.isfinite(torch.linalg.vector_norm(piece.to(dtype), ord=math.inf)) for piece in pieces)
 
 
 class _Lazy:

@@ -47,6 +47,10 @@ class Course:
     seed: int
     workers: int = 0
 
+    def noise_seed(self, step: int, micro_batch: int) -> int:
+        """Dropout noise belongs to these numbers, not to what ran before: resume needs no RNG state."""
+        return ((self.seed * 1_000_003 + step) * 8191 + micro_batch) % 2**63
+
     def rate(self, step: int) -> float:
         return schedule.learning_rate(
             step, total=len(self.steps), peak=self.peak_rate, warmup=self.warmup, kind=self.kind
@@ -85,9 +89,13 @@ class _StepBatches(torch.utils.data.Dataset[Any]):
         return [self.objective.collate([chosen[i] for i in pack]) for pack in packs]
 
 
-def _batches(data: _StepBatches, start: int) -> Iterator[list[Batch]]:
+def step_batches(
+    examples: Sequence[Example], course: Course, objective: Objective, start: int
+) -> Iterator[list[Batch]]:
+    """Each step's micro-batches, from step ``start`` on."""
+    data = _StepBatches(examples, course, objective)
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=range(start, len(data)), num_workers=data.course.workers
+        data, batch_size=None, sampler=range(start, len(data)), num_workers=course.workers
     )
     with out_of_reach():  # its workers are started here
         return iter(loader)
@@ -108,9 +116,8 @@ def run(
     Raises:
         ModelError: a loss, gradient or weight that is not finite, with the rows of the batch.
     """
-    parameters = list(policy.trainable().values())
     policy.model.train()
-    fetched = _batches(_StepBatches(examples, course, objective), start)
+    fetched = step_batches(examples, course, objective, start)
     for step in range(start, len(course.steps)):
         began = time.perf_counter()
         batches = next(fetched)
@@ -118,36 +125,43 @@ def run(
         count = sum(batch.count for batch in batches)
         total = 0.0
         for number, batch in enumerate(batches):
-            # Dropout noise belongs to (seed, step, micro-batch), not to what ran before: resume needs no RNG state.
-            torch.manual_seed(((course.seed * 1_000_003 + step) * 8191 + number) % 2**63)
+            torch.manual_seed(course.noise_seed(step, number))
             result = objective.loss(policy, batch.to(policy.device))
-            _stop_if_not_finite(result.total, "loss", step, batch.rows)
+            stop_if_not_finite(result.total, "loss", step, batch.rows)
             scaled = result.total / count
             (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
             total += result.total.item()
             on_micro_batch(number + 1, len(batches))
-        rate = course.rate(step)
-        rows = [row for batch in batches for row in batch.rows]
-        try:
-            norm = _update(optimizer, parameters, rate, course.max_grad_norm, scaler)
-        except torch.OutOfMemoryError as error:  # some tensors may have been moved: this step cannot be repeated
-            what = f"out of memory in the optimizer: {str(error).splitlines()[0]}"
-            raise EnvironmentFault(what, f"step {step + 1}", "choose an 8-bit or paged train.optimizer") from None
-        if norm is None or not math.isfinite(norm):
-            _stop_if_not_finite(torch.tensor(math.nan), "gradient", step, rows)
-        hardware.trim()
-        yield StepDone(
-            step=step + 1,
-            loss=total / count,
-            learning_rate=rate,
-            grad_norm=float(norm or 0.0),
-            tokens=sum(batch.tokens for batch in batches),
-            supervised=sum(batch.supervised for batch in batches),
-            samples=len(rows),
-            seconds=time.perf_counter() - began,
-            waited=waited,
-            loss_scale=scaler.get_scale() if scaler else None,
-        )
+        yield end_step(policy, course, optimizer, scaler, step, batches, total / count, began, waited)
+
+
+def end_step(
+    policy: Policy, course: Course, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
+    step: int, batches: Sequence[Batch], loss: float, began: float, waited: float,
+) -> StepDone:  # fmt: skip
+    """Take the optimizer's step from the gradients that the step's batches left, and say what happened."""
+    rate = course.rate(step)
+    rows = [row for batch in batches for row in batch.rows]
+    try:
+        norm = _update(optimizer, list(policy.trainable().values()), rate, course.max_grad_norm, scaler)
+    except torch.OutOfMemoryError as error:  # some tensors may have been moved: this step cannot be repeated
+        what = f"out of memory in the optimizer: {str(error).splitlines()[0]}"
+        raise EnvironmentFault(what, f"step {step + 1}", "choose an 8-bit or paged train.optimizer") from None
+    if norm is None or not math.isfinite(norm):
+        stop_if_not_finite(torch.tensor(math.nan), "gradient", step, rows)
+    hardware.trim()
+    return StepDone(
+        step=step + 1,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=float(norm or 0.0),
+        tokens=sum(batch.tokens for batch in batches),
+        supervised=sum(batch.supervised for batch in batches),
+        samples=len(rows),
+        seconds=time.perf_counter() - began,
+        waited=waited,
+        loss_scale=scaler.get_scale() if scaler else None,
+    )
 
 
 def _update(
@@ -179,7 +193,8 @@ def _update(
     return norm if finite else None
 
 
-def _stop_if_not_finite(value: torch.Tensor, name: str, step: int, rows: Sequence[str]) -> None:
+def stop_if_not_finite(value: torch.Tensor, name: str, step: int, rows: Sequence[str]) -> None:
+    """Raise ModelError with the rows where a value is NaN or infinite."""
     if bool(torch.isfinite(value).all()):
         return
     listed = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")

@@ -65,6 +65,12 @@ def cut(path: Path, step: int) -> int:
     return len({_step_of(line) for line in kept})
 
 
+def last_step(path: Path) -> int:
+    """The last step that a file of metrics tells of, 0 where there is none."""
+    found = [_step_of(line) for line in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
+    return int(max((step for step in found if math.isfinite(step)), default=0))
+
+
 def _step_of(line: bytes) -> float:
     """The step that a line of metrics tells of; infinite for a line that a crash left incomplete."""
     try:

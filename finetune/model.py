@@ -59,9 +59,14 @@ class Policy:
         longest: int = self.causal_lm.config.max_position_embeddings
         return longest
 
-    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
-        """Last hidden states of packed samples. ids, positions: [1, tokens] → [1, tokens, hidden]."""
-        layout = varlen_attention.lay_out(bounds, ids.device)
+    def hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, bounds: tuple[int, ...], cuts: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Last hidden states of packed samples. ids, positions: [1, tokens] → [1, tokens, hidden].
+
+        ``cuts``: bounds between samples that are to be computed as if they were in packs of their own.
+        """
+        layout = varlen_attention.lay_out(bounds, ids.device, cuts)
         with self._packed(), self._offloading():
             output = self.causal_lm.model(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
         states: torch.Tensor = output.last_hidden_state

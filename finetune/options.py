@@ -20,10 +20,10 @@ RunPath = Annotated[Path, typer.Argument(help="the run's folder (`output:` of it
 
 
 def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
-    """Refuse a faulty recipe before torch is imported."""
+    """Refuse a faulty recipe, of one run or of several, before torch is imported."""
     from finetune import recipe as recipes
 
-    recipes.load(recipe, overrides or ())
+    recipes.locate_all(recipe, overrides or ())
 
 
 def silent() -> Terminal:

@@ -14,27 +14,39 @@ from typing import Any
 from finetune import prepare, scores, source
 from finetune.dataset import Reader, Source
 from finetune.errors import EnvironmentFault
+from finetune.joint_plan import JointPlan
 from finetune.plan import Plan
-from finetune.report import plan_lines
+from finetune.prepare import Prepared
+from finetune.report import joint_lines, plan_lines
 from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
 from finetune.terminal import Progress, Terminal, duration
 
 _SHOWN_ROWS = 8
 
 
-def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan:
+def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:
     """Check everything and say what a run would do, here or on a card with ``card`` GB."""
-    prepared = prepare.prepare(recipe, overrides, card=card, progress=_reading(terminal, "reading"))
-    for line in plan_lines(prepared.plan):
+    return _say_plan(
+        prepare.prepare_all(recipe, overrides, card=card, progress=_reading(terminal, "reading")), terminal
+    )
+
+
+def _say_plan(prepared: Sequence[Prepared], terminal: Terminal) -> Plan | JointPlan:
+    if len(prepared) == 1:
+        made: Plan | JointPlan = prepared[0].plan
+        lines = plan_lines(prepared[0].plan)
+    else:
+        made = JointPlan(plans={one.located.name: one.plan for one in prepared})
+        lines = joint_lines(made)
+    for line in lines:
         terminal.say(line)
-    return prepared.plan
+    return made
 
 
 def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[str, Any]:
     """The plan, then two steps on its heaviest micro-batch: what was predicted, and what came. Writes nothing."""
     prepared = prepare.prepare(recipe, overrides, progress=_reading(terminal, "reading"))
-    for line in plan_lines(prepared.plan):
-        terminal.say(line)
+    _say_plan([prepared], terminal)
     from finetune import probe as probing
 
     found = probing.probe(prepared, terminal)
@@ -43,22 +55,28 @@ def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[st
     return prepared.plan.to_dict() | {"probe": found.to_dict()}
 
 
-def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False) -> RunFolder:
-    """The same checks, then the run: begun, or taken up where it stands."""
+def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False) -> list[RunFolder]:
+    """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand."""
     show = _reading(terminal, "reading")
-    prepared = prepare.prepare(recipe, overrides, progress=show)
-    if prepared.base is None:
-        source.bring(prepared.recipe.model, prepared.recipe.revision, terminal)
-        prepared = prepare.prepare(recipe, overrides, progress=show)
-    for line in plan_lines(prepared.plan):
-        terminal.say(line)
+    prepared = prepare.prepare_all(recipe, overrides, progress=show)
+    if prepared[0].base is None:
+        source.bring(prepared[0].recipe.model, prepared[0].recipe.revision, terminal)
+        prepared = prepare.prepare_all(recipe, overrides, progress=show)
+    _say_plan(prepared, terminal)
+    from finetune import together
     from finetune import train as training
 
-    folder = training.train(prepared, terminal, extend=extend)
-    for line in scores.table(scores.read(folder)):
-        terminal.say(line)
-    terminal.say(f"adapter: {folder.adapter}   curves: {folder.metrics}   answers: {folder.samples}")
-    return folder
+    if len(prepared) == 1:
+        folders = [training.train(prepared[0], terminal, extend=extend)]
+    else:
+        folders = together.train(prepared, terminal, extend=extend)
+    for folder in folders:
+        if len(folders) > 1:
+            terminal.say(f"adapter {folder.root.name}")
+        for line in scores.table(scores.read(folder)):
+            terminal.say(line)
+        terminal.say(f"adapter: {folder.adapter}   curves: {folder.metrics}   answers: {folder.samples}")
+    return folders
 
 
 def data_check(

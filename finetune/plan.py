@@ -168,7 +168,7 @@ def _step_tokens(recipe: Recipe, steps: Sequence[Sequence[int]] | None, load: Lo
     """The most tokens that one step holds, where that is known."""
     if load and steps:
         return max(sum(load.lengths[index] for index in step) for step in steps)
-    return recipe.train.tokens_per_step
+    return budget.step_tokens(recipe, load)
 
 
 def predicted(need: Need, layers: int, offload: bool, done: Work | None, full: int) -> Budget:
@@ -202,7 +202,7 @@ def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
         chosen = recipe.quantize.compute == "auto" and recipe.quantize.weights != "fp16"
         found.append(f"fp16 with loss scaling, {'since this device has no bf16' if chosen else 'as the recipe says'}")
     fields = recipe.adapter.fields
-    reason = "dropout" if fields.get("lora_dropout") else "DoRA" if fields.get("use_dora") else ""
+    reason = "DoRA" if fields.get("use_dora") else "a trained bias" if fields.get("lora_bias") else ""
     if reason:
         found.append(f"the fused LoRA step is off: {reason}; PEFT's own forward is used")
     return found

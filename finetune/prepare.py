@@ -17,6 +17,7 @@ from finetune import (
     devices,
     gather,
     hardware,
+    joint_plan,
     known_models,
     plan,
     recipe,
@@ -44,17 +45,22 @@ _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that passed every check. Without ``base`` the model is known by its numbers only."""
+    """A run that passed every check. Without ``base`` the model is known by its numbers only.
+
+    ``together``: the other adapters that are trained in the same passes.
+    """
 
     located: Located
     hardware: Hardware
     base: Base | None
+    shape: DecoderShape
+    load: Load | None
     plan: Plan
     commit: str | None
     samples: Samples | None
     held_out: HeldOut | None
-    load: Load | None = None
     named: tuple[Named, ...] = ()
+    together: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -72,8 +78,37 @@ def prepare(
     Raises:
         RecipeError, DataError, ModelError, EnvironmentFault: what is wrong; nothing has been written.
     """
-    located = recipe.locate(path, overrides)
     machine = hardware.imagined(card) if card else hardware.detect()
+    return _prepared(recipe.locate(path, overrides), machine, training, card, progress)
+
+
+def prepare_all(
+    path: Path, overrides: Sequence[str] = (), *, card: float | None = None,
+    progress: dataset.Progress = dataset.silent,
+) -> list[Prepared]:  # fmt: skip
+    """Check every run of a recipe, as ``prepare`` does; several are fitted into the machine together.
+
+    Raises: as ``prepare``; RecipeError also for what several adapters cannot have in one pass.
+    """
+    machine = hardware.imagined(card) if card else hardware.detect()
+    runs = recipe.locate_all(path, overrides)
+    if len(runs) > 1:
+        joint_plan.refuse_unroutable(runs)
+    found = [_prepared(one, machine, True, card, progress) for one in runs]
+    if len(found) == 1:
+        return found
+    names = [one.located.name for one in found]
+    members = [joint_plan.Member(one.located, one.plan, one.shape, one.load) for one in found]
+    plans = joint_plan.fit(members, machine, must_fit=found[0].base is not None or card is not None)
+    return [
+        replace(one, plan=plan, together=tuple(name for name in names if name != one.located.name))
+        for one, plan in zip(found, plans, strict=True)
+    ]
+
+
+def _prepared(
+    located: Located, machine: Hardware, training: bool, card: float | None, progress: dataset.Progress
+) -> Prepared:
     if training:
         _refuse_place(located)
     found = source.find(located.recipe.model, located.recipe.revision)
@@ -94,8 +129,8 @@ def prepare(
         what = f"{free / 1e6:.0f} MB free, the run writes about {made.output_bytes / 1e6:.0f} MB"
         raise EnvironmentFault(what, made.output, "free some space, or lower train.keep_last")
     return Prepared(
-        located=located, hardware=machine, base=base, plan=made, commit=found.commit, samples=gathered.samples,
-        held_out=gathered.held_out, load=load, named=gathered.named,
+        located=located, hardware=machine, base=base, shape=base.shape, load=load, plan=made, commit=found.commit,
+        samples=gathered.samples, held_out=gathered.held_out, named=gathered.named,
     )  # fmt: skip
 
 
@@ -169,7 +204,10 @@ def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepa
         "whether the base has learned its template's control tokens: that is seen in the weights",
     )
     made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked)
-    return Prepared(located=located, hardware=machine, base=None, plan=made, commit=None, samples=None, held_out=None)
+    return Prepared(
+        located=located, hardware=machine, base=None, shape=shape, load=None, plan=made, commit=None, samples=None,
+        held_out=None,
+    )  # fmt: skip
 
 
 def check_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune.joint_plan import JointPlan
 from finetune.plan import Plan
 from finetune.terminal import amount, duration, size
 
@@ -9,10 +10,7 @@ from finetune.terminal import amount, duration, size
 def plan_lines(plan: Plan) -> list[str]:
     """The plan, ready to print."""
     lines = [
-        f"model      {plan.model} ({plan.family}, {amount(plan.parameters)} parameters)",
-        f"device     {plan.device_name} ({plan.device}), {size(plan.free_memory)} free",
-        f"base       {plan.weights}{' double' if plan.double and plan.weights in ('nf4', 'fp4') else ''}, "
-        f"products in {plan.compute}{' with loss scaling' if plan.loss_scaling else ''}",
+        *_base(plan),
         "",
         f"{'target':<12}{'modules':>8}{'shape':>16}{'base':>12}{'adapter':>12}{'in fp32':>10}",
     ]
@@ -26,6 +24,45 @@ def plan_lines(plan: Plan) -> list[str]:
     lines += [f"note       {note}" for note in plan.notes]
     lines += [f"unchecked  {what}" for what in plan.unchecked]
     return lines
+
+
+def _base(plan: Plan) -> list[str]:
+    return [
+        f"model      {plan.model} ({plan.family}, {amount(plan.parameters)} parameters)",
+        f"device     {plan.device_name} ({plan.device}), {size(plan.free_memory)} free",
+        f"base       {plan.weights}{' double' if plan.double and plan.weights in ('nf4', 'fp4') else ''}, "
+        f"products in {plan.compute}{' with loss scaling' if plan.loss_scaling else ''}",
+    ]
+
+
+def joint_lines(joint: JointPlan) -> list[str]:
+    """The plan of several adapters over one base: what they share, then each, then what all take."""
+    plans = joint.plans
+    first = next(iter(plans.values()))
+    lines = [*_base(first), "", f"{len(plans)} adapters over this base, in one run"]
+    for name, plan in plans.items():
+        kinds = ", ".join(target.module for target in plan.targets)
+        lines += [
+            "",
+            f"adapter    {name}: {amount(plan.trainable)} parameters, {size(plan.trainable * 4)} in fp32, on {kinds}",
+            *_course(plan),
+        ]
+    lines += ["", *_memory(first), "           of all adapters together, the base once"]
+    lines.append(f"batches    at most {sum(plan.micro_batch_tokens for plan in plans.values())} tokens of all at once")
+    if all(plan.seconds is not None for plan in plans.values()):
+        seconds = sum(plan.seconds or 0.0 for plan in plans.values())
+        lines.append(f"time       at most {duration(seconds)} (predicted: that of the runs one after the other)")
+    for label, every in (("note", [plan.notes for plan in plans.values()]),
+                         ("unchecked", [plan.unchecked for plan in plans.values()])):  # fmt: skip
+        lines += [f"{label:<11}{said}" for said in _told(list(plans), every)]
+    return lines
+
+
+def _told(names: list[str], every: list[tuple[str, ...]]) -> list[str]:
+    """What is said of all of them once, of some with their names."""
+    found = dict.fromkeys(one for said in every for one in said)
+    whose = {one: [name for name, said in zip(names, every, strict=True) if one in said] for one in found}
+    return [one if len(whose[one]) == len(names) else f"{', '.join(whose[one])}: {one}" for one in found]
 
 
 def _memory(plan: Plan) -> list[str]:

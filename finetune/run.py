@@ -18,18 +18,26 @@ from finetune.prepare import Prepared
 from finetune.runfolder import RunFolder
 from finetune.terminal import Progress, Terminal
 
+Known = list[tuple[evaluate.HeldOut, evaluate.How, evaluate.Judged]]
+
 
 class Run:
-    """A run in its folder. ``stored`` is the identity of one that has begun; without it the base is digested."""
+    """A run in its folder. ``stored`` is the identity of one that has begun; without it the base is digested.
 
-    def __init__(self, prepared: Prepared, terminal: Terminal, stored: Identity | None = None) -> None:
+    ``digests``: of the base's files, where they are known.
+    """
+
+    def __init__(
+        self, prepared: Prepared, terminal: Terminal, stored: Identity | None = None,
+        digests: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         assert prepared.base is not None
         assert prepared.samples is not None
         self.prepared, self.base, self.samples, self.terminal = prepared, prepared.base, prepared.samples, terminal
         self.folder = RunFolder(Path(prepared.plan.output))
-        self.identity = stored or self._identity()
+        self.identity = stored or self._identity(digests)
 
-    def _identity(self) -> Identity:
+    def _identity(self, digests: dict[str, str] | None) -> Identity:
         chosen = self.prepared.plan
         total = sum(path.stat().st_size for path in self.base.files())
         shown, done = Progress(self.terminal, "reading the base, MB"), 0
@@ -43,7 +51,7 @@ class Run:
         return Identity(
             recipe=dict(recipe.flatten(self.prepared.recipe)),
             data=gather.digests(self.prepared.recipe),
-            base=self.base.digests(tick),
+            base=digests or self.base.digests(tick),
             resolved={
                 "compute": chosen.compute,
                 "recompute": chosen.recompute,
@@ -51,6 +59,7 @@ class Run:
                 "micro_batch_tokens": chosen.micro_batch_tokens,
             },
             environment=dict(hardware.environment(self.prepared.hardware)),
+            together=list(self.prepared.together),
         )
 
     def settle(self, extend: bool) -> None:
@@ -71,6 +80,7 @@ class Run:
             base=stored.base,
             resolved=stored.resolved,
             environment=stored.environment,
+            together=stored.together,
         )
         if changed != stored:
             changed.write(self.folder.identity)
@@ -124,18 +134,28 @@ class Run:
         every = self.prepared.recipe.evaluate.every
         return every > 0 and step % every == 0 and step < total
 
-    def judge(self, policy: Policy, name: str, *, adapter: bool = True) -> None:
-        """Evaluate and store the scores under ``name``, unless they are there already."""
+    def judge(self, policy: Policy, name: str, *, adapter: bool = True, known: Known | None = None) -> None:
+        """Evaluate and store the scores under ``name``, unless they are there already.
+
+        ``known``: judgements of the same model, which are looked up there and added to it.
+        """
         held_out = self.prepared.held_out
         if held_out is None or name in scores.read(self.folder):
             return
+        for rows, how, judged in known or ():
+            if (rows, how) == (held_out, self.how()):
+                scores.record(self.folder, name, judged, held_out)
+                return
         bars: dict[str, Progress] = {}
+        whose = " ".join(filter(None, (self.prepared.located.name, name)))
 
         def show(what: str, done: int, of: int) -> None:
-            bars.setdefault(what, Progress(self.terminal, f"judging {name}: {what}"))(done, of)
+            bars.setdefault(what, Progress(self.terminal, f"judging {whose}: {what}"))(done, of)
 
         judged = evaluate.judge(policy, held_out, self.how(), adapter=adapter, progress=show)
         scores.record(self.folder, name, judged, held_out)
+        if known is not None:
+            known.append((held_out, self.how(), judged))
 
 
 def _number(value: Any) -> Any:

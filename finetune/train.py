@@ -18,7 +18,7 @@ from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
-from finetune.errors import ModelError
+from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import StopRequest, stop_requests
 from finetune.loop import Course, StepDone
 from finetune.metrics import StepLog
@@ -62,15 +62,10 @@ def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
     with run.folder.lock(), stop_requests() as stop:
         run.settle(extend)
         course = run.course()
-        finished = read_json(run.folder.finished)
-        if finished and finished.get("steps") == len(course.steps) and not manifest.faults(run.folder.adapter):
-            terminal.say(f"this run is finished ({finished['steps']} steps): nothing to do in {run.folder.root}")
+        if is_finished(run, course):
+            terminal.say(f"this run is finished ({len(course.steps)} steps): nothing to do in {run.folder.root}")
             return run.folder
-        write_atomic(run.folder.recipe, yamlfile.dump(prepared.recipe.to_yaml_dict()).encode())
-        write_json(run.folder.plan, prepared.plan.to_dict())
-        named = "".join(json.dumps(one.to_dict(), ensure_ascii=False) + "\n" for one in prepared.named)
-        if named:
-            write_atomic(run.folder.named_rows, named.encode())
+        describe(run)
         config = dict(run.identity.recipe)
         session = devices.start(
             prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, prepared.plan.device
@@ -82,21 +77,29 @@ def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
     return run.folder
 
 
+def is_finished(run: Run, course: Course) -> bool:
+    """Whether the run stands at the end of this very course, its adapter whole."""
+    finished = read_json(run.folder.finished)
+    return bool(finished) and finished.get("steps") == len(course.steps) and not manifest.faults(run.folder.adapter)
+
+
+def describe(run: Run) -> None:
+    """What is trained, as files: the recipe with every default, the plan, the rows not taken as they stand."""
+    write_atomic(run.folder.recipe, yamlfile.dump(run.prepared.recipe.to_yaml_dict()).encode())
+    write_json(run.folder.plan, run.prepared.plan.to_dict())
+    named = "".join(json.dumps(one.to_dict(), ensure_ascii=False) + "\n" for one in run.prepared.named)
+    if named:
+        write_atomic(run.folder.named_rows, named.encode())
+
+
 def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> None:
     """Load, resume, train to the end of the course, then write the adapter and judge it."""
     terminal, chosen = run.terminal, run.prepared.plan
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
-    policy = model.load_base(run.base, run.form(), _loading_bar(run))
-    wanted = run.prepared.recipe.train
-    policy = model.attach(
-        policy, chosen.adapter_fields, course.seed, kernels=wanted.kernels != "off", compiled=wanted.compile is True
-    )
-    optimizer = optimizers.make(
-        policy.model, wanted.optimizer, weight_decay=wanted.weight_decay, lora_plus_ratio=wanted.lora_plus_ratio
-    )
-    scaler = torch.amp.GradScaler(chosen.device) if run.identity.resolved["compute"] == "fp16" else None
-    start = _resume(run, policy, optimizer, scaler, saved)
+    policy = attach(run, model.load_base(run.base, run.form(), loading_bar(run)))
+    optimizer, scaler = optimizer_of(run, policy)
+    start = resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
     if start and run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
@@ -105,7 +108,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
         while done < total:
-            event = _next(events, run)
+            event: StepDone = next_step(events, run)
             done = event.step
             log.step(event)
             asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
@@ -113,48 +116,81 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
             if due or asked:
                 _save(run, policy, optimizer, scaler, done)
             if not asked and run.judges_at(done, total):
-                asked = not _judged(run, policy, stop, done)
+                asked = not judged(run, policy, stop, f"step {done}")
                 if asked and not due:
                     _save(run, policy, optimizer, scaler, done)
             if asked:
                 raise stop.interrupted(f"step {done} of {total} is saved in {run.folder.root}")
-    _finish(run, policy, done)
+    write_adapter(run, policy)
     run.judge(policy, "after")
-    write_json(
-        run.folder.finished, {"steps": done, "adapter": manifest.digest(run.folder.adapter / checkpoint.ADAPTER)}
+    finish(run, done)
+
+
+def attach(run: Run, base: Policy) -> Policy:
+    """The recipe's adapter, fresh, on the base or a view of it."""
+    wanted = run.prepared.recipe.train
+    return model.attach(
+        base, run.prepared.plan.adapter_fields, wanted.seed, kernels=wanted.kernels != "off",
+        compiled=wanted.compile is True,
+    )  # fmt: skip
+
+
+def recompute(run: Run, policy: Policy) -> None:
+    """Make the policy recompute what the run's plan says; a single run asks ``fallback`` at every step."""
+    resolved = run.identity.resolved
+    if resolved["recompute"] != "none":
+        policy.recompute_layers(resolved.get("recomputed_layers"), offload=resolved["recompute"] == "offload")
+
+
+def optimizer_of(run: Run, policy: Policy) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
+    """The recipe's optimizer, and fp16's loss scaler where the run computes in that."""
+    wanted = run.prepared.recipe.train
+    made = optimizers.make(
+        policy.model, wanted.optimizer, weight_decay=wanted.weight_decay, lora_plus_ratio=wanted.lora_plus_ratio
     )
+    fp16 = run.identity.resolved["compute"] == "fp16"
+    return made, torch.amp.GradScaler(run.prepared.plan.device) if fp16 else None
 
 
-def _loading_bar(run: Run) -> Callable[[int, int], None] | None:
+def finish(run: Run, steps: int) -> None:
+    """The last file of a run: its adapter is written and judged."""
+    digest = manifest.digest(run.folder.adapter / checkpoint.ADAPTER)
+    write_json(run.folder.finished, {"steps": steps, "adapter": digest})
+
+
+def loading_bar(run: Run) -> Callable[[int, int], None] | None:
     """Progress in MB for a base that takes a while to read."""
     shown = Progress(run.terminal, "reading the base, MB")
     large = sum(tensor.bytes for tensor in run.base.tensors.values()) > 2e9
     return (lambda done, total: shown(done // 1_000_000, total // 1_000_000)) if large else None
 
 
-def _judged(run: Run, policy: Policy, stop: StopRequest, step: int) -> bool:
+def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:
     """Judge between two steps; False where a request to stop cut it short."""
     try:
         with stop.at_once():
-            run.judge(policy, f"step {step}")
+            run.judge(policy, name)
     except KeyboardInterrupt:
         return False
     return True
 
 
-def _next(events: Any, run: Run) -> StepDone:
-    """The next step; a fault in it gets the last good checkpoint's name."""
+def next_step(events: Any, run: Run) -> Any:
+    """What the loop yields next; a fault in it gets the last good checkpoint's name."""
     try:
-        event: StepDone = next(events)
+        return next(events)
     except ModelError as error:
         last = checkpoint.newest(run.folder.checkpoints, run.terminal.say) if run.folder.checkpoints.is_dir() else None
         kept = f"last good checkpoint: {checkpoint.folder_name(last.step)}" if last else "no checkpoint was written yet"
         fault = error.faults[0]
         raise ModelError(fault.what, fault.where, f"{fault.fix}; {kept}") from None
-    return event
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentFault(
+            f"out of memory: {str(error).splitlines()[0]}", "this step", "set train.micro_batch_tokens lower"
+        ) from None
 
 
-def _resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, saved: Checkpoint | None) -> int:
+def resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, saved: Checkpoint | None) -> int:
     """Put a checkpoint's state back and cut the metrics to it; returns the number of steps done."""
     step = 0
     if saved is not None:
@@ -174,6 +210,13 @@ def _resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: 
 
 
 def _save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
+    sync_file(run.folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
+    write_checkpoint(run, policy, optimizer, scaler, step)
+    checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
+
+
+def write_checkpoint(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
+    """The run's state after ``step`` steps, beside the checkpoints that are there. Its metrics must be flushed."""
     state = Checkpoint(
         step=step,
         weights=model.adapter_weights(policy.model),
@@ -181,12 +224,11 @@ def _save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: An
         moments=checkpoint.optimizer_tensors(optimizer, policy.trainable()),
         scaler=scaler.state_dict() if scaler else None,
     )
-    sync_file(run.folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
     make_folder(run.folder.checkpoints)
-    checkpoint.save(run.folder.checkpoints, state, run.prepared.recipe.train.keep_last)
+    checkpoint.write(run.folder.checkpoints, state)
 
 
-def _finish(run: Run, policy: Policy, steps: int) -> None:
+def write_adapter(run: Run, policy: Policy) -> None:
     """The adapter folder, in PEFT's own format, with a manifest; scores of an earlier, shorter end go."""
     from safetensors.torch import save as tensors_to
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from finetune.cli import main_in_process
+from finetune.kernels import flash_attention, varlen_attention
+from tests import tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,3 +104,25 @@ def test_card_gives_the_processors_losses(
     assert main_in_process(recipe("processor", quantize__weights="fp32")) == 0
     for card, processor in zip(losses(tmp_path / "card"), losses(tmp_path / "processor"), strict=True):
         assert card == pytest.approx(processor, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "width"), [((8, 2), 64), ((4, 4), 128)])
+def test_packed_attention_equals_the_reference(dtype: torch.dtype, heads: tuple[int, int], width: int) -> None:
+    """Through torch's flash attention where it passes its trial, through dense kernels where not: it says which."""
+    bounds, device = (0, 37, 64, 65, 300), torch.device("cuda")
+    drawn = torch.Generator(device).manual_seed(0)
+    states = [
+        torch.randn(1, count, 300, width, generator=drawn, device=device).to(dtype).requires_grad_()
+        for count in (heads[0], heads[1], heads[1])
+    ]
+    print(f"{dtype}: flash {flash_attention.works(device, dtype, *heads, width)}")
+    fast = varlen_attention.attend(*states, varlen_attention.lay_out(bounds, device))
+    wide = [one.detach().double().cpu().requires_grad_() for one in states]
+    slow = varlen_attention.reference(*wide, bounds)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert tiny.distance(fast.cpu(), slow) < bound
+    slope = torch.randn(slow.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = torch.autograd.grad(fast, states, slope.to(device, dtype))
+    for one, two in zip(found, torch.autograd.grad(slow, wide, slope), strict=True):
+        assert tiny.distance(one.cpu(), two) < bound

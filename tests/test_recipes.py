@@ -31,7 +31,7 @@ def test_it_plans(path: Path, place: Path) -> None:
     file = f"recipes/{path.name}"
     said = finetune("plan", file)
     assert (said.code, said.err) == (0, "")
-    here = Path(recipe.load(Path(file)).model).is_dir()
+    here = Path(recipe.locate_all(Path(file))[0].recipe.model).is_dir()
     assert ("unchecked  the weights, tokenizer and template" in said.out) == (not here)
     assert "steps" in said.out
     assert "predicted peak" in said.out

@@ -43,6 +43,8 @@ class Job:
     result: str
     snapshots: str | None = None
     """A folder for the adapter as it was before each step: written by `finetune`, read by the reference."""
+    same_start: bool = True
+    """Whether the reference's own adapter must begin with the very numbers of the first snapshot."""
     turns: bool = False
     """Wait for a line of the standard input before each step, so that contestants can take turns."""
     levers: list[str] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""The loss by its definition: padded batch, attention mask, every logit, PEFT's own forward, no packing, no kernels.
+"""The loss by its definition: padded batch, attention mask, every logit, the layers of transformers and PEFT as they
+come; nothing of `finetune` but the packed base, whose numbers all must share.
 
 Two answers for every step: the loss at the very weights that `finetune` had before that step (``same_weights``), and
 the loss of a course of its own from the same start (``losses``), where rounding may add up from step to step.
@@ -11,15 +12,19 @@ lie apart is what rounding alone does to this model's loss.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.contestants.job import DTYPES, IGNORED, Job, Watch, device, load_plain, refuse_repacked
+from benchmarks.contestants.job import DTYPES, IGNORED, Job, Watch, device, refuse_repacked
+from finetune.base import inspect
+from finetune.loading import BaseForm
+from finetune.model import attach, load_base
 
 MORE = 32
 """Columns of padding that change nothing but where the processor rounds."""
@@ -42,12 +47,11 @@ def loss(model: Any, samples: list[dict[str, list[int]]], more: int = 0) -> torc
 
 
 def main(job: Job) -> None:
-    torch.manual_seed(0)
-    base = load_plain(job)
-    base.requires_grad_(False)
-    torch.manual_seed(job.seed)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **job.lora)).train()
-    _refuse_other_start(job, model)
+    form = BaseForm(weights=job.weights, double=job.double, compute=job.compute, device=device())
+    policy = attach(load_base(inspect(Path(job.base)), form), job.lora, job.seed, kernels=False)
+    model = policy.model.train()
+    if job.same_start:
+        _refuse_other_start(job, model)
     parameters = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     watch, same_weights, under_autocast, wider = Watch(job.skip), [], [], []

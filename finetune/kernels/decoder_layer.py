@@ -11,14 +11,13 @@ through transformers' own code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from finetune.kernels import lora_linear, rms_norm, rope, varlen_attention
-from finetune.kernels.lora_linear import Site
+from finetune.kernels.lora_linear import Sites
 from finetune.kernels.pointwise import PLAIN, Pointwise
 
 _KINDS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -43,7 +42,7 @@ class _NormedLinears(torch.autograd.Function):
     """Norm, then linears of its result. Keeps the input and x Aᵀ."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, norm: Norm, sites: Sequence[Site], *ab: torch.Tensor) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm, sites: Sites, *ab: torch.Tensor) -> Any:
         outputs, inner = lora_linear.forward(norm.forward(x), sites, ab)
         ctx.save_for_backward(x, inner, *ab)
         ctx.sites, ctx.norm = sites, norm
@@ -64,7 +63,7 @@ class _Mlp(torch.autograd.Function):
     """x + down(swiglu(gate(norm(x)), up(norm(x)))). ``sites``: gate, up, down."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, norm: Norm, sites: Sequence[Site], *ab: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm, sites: Sites, *ab: torch.Tensor) -> torch.Tensor:
         cut = _cut(sites)
         (gate, up), inner = lora_linear.forward(norm.forward(x), sites[:2], ab[:cut])
         (y,), inner_down = lora_linear.forward(norm.pointwise.product(gate, up), sites[2:], ab[cut:])
@@ -90,9 +89,9 @@ class _Mlp(torch.autograd.Function):
         return (to_x, None, None, *to_ab, *to_down)
 
 
-def _cut(sites: Sequence[Site]) -> int:
+def _cut(sites: Sites) -> int:
     """How many of the A and B belong to gate and up."""
-    return 2 * sum(one.a is not None for one in sites[:2])
+    return len(lora_linear.matrices(sites[:2]))
 
 
 class _Layer:
@@ -110,9 +109,9 @@ class _Layer:
         sites = [lora_linear.site(layer) for layer in layers] if packed and self.pointwise else [None]
         if None in sites or any(norm.weight.requires_grad for norm in norms):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
-        x = hidden_states[0] + _attended(self, hidden_states[0], sites[:4], kwargs)  # type: ignore[arg-type]
+        x = hidden_states[0] + _attended(self, hidden_states[0], sites[:4], kwargs)
         norm = _norm(self.post_attention_layernorm, self.pointwise)
-        y = _Mlp.apply(x, norm, sites[4:], *lora_linear.matrices(sites[4:]))  # type: ignore[no-untyped-call,arg-type]
+        y = _Mlp.apply(x, norm, sites[4:], *lora_linear.matrices(sites[4:]))  # type: ignore[no-untyped-call]
         return y[None]  # type: ignore[no-any-return]
 
 
@@ -120,7 +119,7 @@ def _norm(module: Any, pointwise: Pointwise) -> Norm:
     return Norm(module.weight, module.variance_epsilon, pointwise)
 
 
-def _attended(layer: Any, x: torch.Tensor, sites: Sequence[Site], arguments: dict[str, Any]) -> torch.Tensor:
+def _attended(layer: Any, x: torch.Tensor, sites: Sites, arguments: dict[str, Any]) -> torch.Tensor:
     """The attention part, [tokens, hidden] → [tokens, hidden]."""
     attention, pointwise = layer.self_attn, layer.pointwise
     norm = _norm(layer.input_layernorm, pointwise)
@@ -138,6 +137,12 @@ def _attended(layer: Any, x: torch.Tensor, sites: Sequence[Site], arguments: dic
     )  # fmt: skip
     (y,) = lora_linear.apply(attended.reshape(len(x), -1), sites[3:])
     return y
+
+
+def compute_as(example: Any, layer: Any) -> None:
+    """Let a layer that was fused be computed as another one of its kind."""
+    if isinstance(layer, _Layer):
+        layer.pointwise = example.pointwise
 
 
 def fuse(model: torch.nn.Module, pointwise: Pointwise | None = PLAIN) -> None:

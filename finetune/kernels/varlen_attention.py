@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from finetune.errors import ModelError
-from finetune.kernels import causal_attention, logn
+from finetune.kernels import causal_attention, flash_attention, logn
 
 NAME = "finetune_varlen"
 
@@ -39,9 +39,11 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where samples lie in a pack, made once for all layers. ``bounds``: their starts and the end."""
+    """Where samples lie in a pack, made once for all layers. ``bounds``: their starts and the end; ``starts``: the same
+    as int32 on the device."""
 
     bounds: tuple[int, ...]
+    starts: torch.Tensor
     groups: tuple[Group, ...]
 
     @property
@@ -49,9 +51,21 @@ class Layout:
         return max(high - low for low, high in pairwise(self.bounds))
 
 
-def lay_out(bounds: Sequence[int], device: torch.device) -> Layout:
-    """Samples, sorted by length, in as few groups as leave little to fill."""
-    spans = sorted(pairwise(bounds), key=lambda span: (span[0] - span[1], span[0]))
+def lay_out(bounds: Sequence[int], device: torch.device, cuts: Sequence[int] = ()) -> Layout:
+    """Samples, sorted by length, in as few groups as leave little to fill.
+
+    ``cuts``: bounds that no group reaches across. What lies between two of them is grouped, and so rounded, as if it
+    were alone.
+    """
+    groups: list[list[tuple[int, int]]] = []
+    for low, high in pairwise([0, *cuts, bounds[-1]]):
+        spans = [span for span in pairwise(bounds) if low <= span[0] < high]
+        groups += _grouped(sorted(spans, key=lambda span: (span[0] - span[1], span[0])))
+    starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return Layout(bounds=tuple(bounds), starts=starts, groups=tuple(_group(spans, device) for spans in groups))
+
+
+def _grouped(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     groups: list[list[tuple[int, int]]] = []
     for span in spans:
         longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
@@ -60,7 +74,7 @@ def lay_out(bounds: Sequence[int], device: torch.device) -> Layout:
             groups[-1].append(span)
         else:
             groups.append([span])
-    return Layout(bounds=tuple(bounds), groups=tuple(_group(spans, device) for spans in groups))
+    return groups
 
 
 def _group(spans: Sequence[tuple[int, int]], device: torch.device) -> Group:
@@ -87,6 +101,8 @@ def attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         return _OnCpu.apply(query, key, value, layout, scaling)  # type: ignore[no-untyped-call, no-any-return]
+    if flash_attention.works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]):
+        return flash_attention.attend(query, key, value, layout.starts, layout.longest, scaling)
     return composed(query, key, value, layout, scaling)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from finetune.errors import Fault, RecipeError
-from finetune.recipe import adapter_fields, checks, editor_schema, sources, wording
+from finetune.recipe import adapter_fields, checks, editor_schema, several, sources, wording
 from finetune.recipe.sections import Adapter, Data, Evaluate, Quantize, Section, Train
 from finetune.recipe.words import Finding
 
@@ -56,10 +56,11 @@ class Recipe(Section):
 
 
 class Located(NamedTuple):
-    """A recipe together with where each of its keys was written."""
+    """A recipe together with where each of its keys was written; ``name``: which of several adapters it is."""
 
     recipe: Recipe
     origins: sources.Origins
+    name: str = ""
 
     def where(self, key: str) -> str:
         """``file:line:column: key`` (or ``--set key``), for faults that only a later step can see."""
@@ -76,10 +77,33 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def locate(path: Path, overrides: Sequence[str] = ()) -> Located:
     """``load``, and where each key was written. Raises ``RecipeError`` with every fault found."""
+    found = locate_all(path, overrides)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        where = found[0].origins.where((several.KEY,))
+        raise RecipeError(
+            f"this asks for one run, the recipe has {names}", where, f"take one: --set {several.KEY}=NAME"
+        )
+    return found[0]
+
+
+def locate_all(path: Path, overrides: Sequence[str] = ()) -> list[Located]:
+    """The runs of a recipe: one, or one for each of its ``adapters:``, by name.
+
+    Raises ``RecipeError`` with every fault found.
+    """
     try:
-        tree, origins = sources.read(path, overrides)
+        variants = several.read(path, overrides, lambda: schema()["properties"])
     except RecipeError as error:
         raise RecipeError.of(wording.in_order(error.faults)) from None
+    judged = [(one, *_judged(one.tree, one.origins)) for one in variants]
+    if faults := several.faults([(one.name, found) for one, _, found in judged]):
+        raise RecipeError.of(wording.in_order(faults))
+    return [Located(recipe, one.origins, one.name) for one, recipe, _ in judged if recipe is not None]
+
+
+def _judged(tree: dict[str, Any], origins: sources.Origins) -> tuple[Recipe | None, list[Fault]]:
+    """A tree's recipe, if its keys have their types, and everything wrong with it."""
     section = tree.get("adapter")
     fields, findings = adapter_fields.check(section) if isinstance(section, dict) else ({}, [])
     recipe, errors = _validated(tree, fields)
@@ -88,9 +112,7 @@ def locate(path: Path, overrides: Sequence[str] = ()) -> Located:
     if errors or findings:
         faults += wording.word(errors, tree, origins, schema())
     faults += _further(tree, origins, [*findings, *checks.check(tree)], {fault.where for fault in faults})
-    if recipe is None or faults:
-        raise RecipeError.of(wording.in_order(faults))
-    return Located(recipe, origins)
+    return recipe, faults
 
 
 def _validated(tree: dict[str, Any], fields: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:

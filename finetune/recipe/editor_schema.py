@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.recipe import adapter_fields
+from finetune.recipe import adapter_fields, several
 
 
 def build(exported: dict[str, Any]) -> dict[str, Any]:
     """One self-contained schema from the models' own: references inlined, the installed PEFT's adapter fields in place.
 
-    A recipe that extends another may leave anything out, so keys are required only without ``extends``.
+    A recipe that extends another may leave anything out, and one with several adapters may leave it to them: keys are
+    required only without ``extends`` and ``adapters``.
     """
     definitions = exported.get("$defs", {})
     properties: dict[str, Any] = {
@@ -27,6 +28,7 @@ def build(exported: dict[str, Any]) -> dict[str, Any]:
         if section.get("type") == "object":
             required[key] = section.pop("required", [])
         properties[key] = section
+    properties[several.KEY] = several.schema(properties)
     full = {"required": exported["required"], "properties": {k: {"required": v} for k, v in required.items() if v}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -34,7 +36,7 @@ def build(exported: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
-        "if": {"not": {"required": ["extends"]}},
+        "if": {"not": {"anyOf": [{"required": ["extends"]}, {"required": [several.KEY]}]}},
         "then": full,
     }
 

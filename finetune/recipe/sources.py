@@ -53,7 +53,7 @@ class Origins:
             mine.update({at: origin for at, origin in theirs.items() if at[: len(path)] == path})
 
 
-def read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
+def read(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
     """Merge the chain of ``path`` from its root base upwards, then the overrides. Raises ``RecipeError``."""
     tree: dict[str, Any] = {}
     origins = Origins()
@@ -62,7 +62,13 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]
         origins.secrets += layer.secrets
         origins.values[()] = layer.values[()]
         content = {key: value for key, value in document.value.items() if key != "extends"}
-        _merge(tree, origins, content, layer, ())
+        merge(tree, origins, content, layer, ())
+    override(tree, origins, overrides)
+    return tree, origins
+
+
+def override(tree: dict[str, Any], origins: Origins, overrides: Sequence[str]) -> None:
+    """Apply ``--set`` words to a tree, in place. Raises ``RecipeError``."""
     faults, seen = [], set[str]()
     for text in overrides:
         key = text.partition("=")[0]
@@ -75,7 +81,6 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]
             faults += error.faults
     if faults:
         raise RecipeError.of(faults)
-    return tree, origins
 
 
 def _chain(path: Path) -> list[yamlfile.Document]:
@@ -101,14 +106,15 @@ def _chain(path: Path) -> list[yamlfile.Document]:
             raise RecipeError(f"more than {MAX_CHAIN} recipes extend each other", where, "merge some of them")
 
 
-def _merge(tree: dict[str, Any], origins: Origins, layer: dict[str, Any], theirs: Origins, at: KeyPath) -> None:
+def merge(tree: dict[str, Any], origins: Origins, layer: dict[str, Any], theirs: Origins, at: KeyPath) -> None:
+    """Lay one tree over another, in place: mappings key by key, all else replaces."""
     for key, value in layer.items():
         path = (*at, key)
         mine = tree.get(key)
         if isinstance(value, dict) and isinstance(mine, dict):
             origins.keys[path] = theirs.keys[path]
             origins.values[path] = theirs.values[path]
-            _merge(mine, origins, value, theirs, path)
+            merge(mine, origins, value, theirs, path)
         else:
             tree[key] = value
             origins.cut(path)

@@ -125,3 +125,18 @@ def test_adapted_head(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [hidden, low, high]
     for one, two in zip(torch.autograd.grad(fast, inputs), torch.autograd.grad(slow, inputs), strict=True):
         assert distance(one, two) < 1e-12
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_log_probabilities_take_any_gradient(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What preference objectives do: sums over pairs, through functions that are not linear."""
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: 5)
+    hidden, weight, targets = batch(torch.float64)
+    module = frozen(weight)
+    module.weight.requires_grad_(head == "trained")
+    fast = cross_entropy.losses(hidden, module, targets)
+    slow = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    assert distance(fast, slow) < 1e-12
+    margins = [torch.nn.functional.logsigmoid(one[:9].sum() - one[9:].mean() * 7) for one in (fast, slow)]
+    found = [torch.autograd.grad(margin, hidden)[0] for margin in margins]
+    assert distance(*found) < 1e-11

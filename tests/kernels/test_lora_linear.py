@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from finetune.kernels import frozen_linear, lora_linear
 from finetune.kernels.frozen_linear import dense_weight
-from finetune.kernels.lora_linear import reference
+from finetune.kernels.lora_linear import Site, reference
 from tests.tiny import distance
 
 IN, OUT = 64, 96
@@ -148,19 +148,60 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_dropout_goes_through_peft_in_training_only(form: str, fused_calls: list[int]) -> None:
+def test_dropout_acts_in_training_only(form: str, fused_calls: list[int]) -> None:
     layer = adapted(form, lora_dropout=0.5).q_proj
     x = inputs(torch.float32)
     layer.train()
     torch.manual_seed(5)
     dropped = layer(x)
     torch.manual_seed(5)
-    assert torch.equal(dropped, pefts_own(layer, x))
-    assert not fused_calls
+    assert torch.equal(dropped, layer(x))
+    assert not torch.equal(dropped, layer(x))
+    assert len(fused_calls) == 3
     layer.eval()
     assert distance(layer(x), pefts_own(layer, x)) < 1e-6
     assert not torch.equal(layer(x), dropped)
-    assert len(fused_calls) == 2
+
+
+def test_dropout_by_its_definition() -> None:
+    """The adapter, and it alone, sees x times a mask over the share that is kept, which the gradients pass too."""
+    site = Site(base=None, scaling=2.0, a=None, b=None, dropout=0.25, seed=11)
+    mask = site.dropped(torch.ones(3, IN, dtype=torch.float64))
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.75}
+    assert abs(site.dropped(torch.ones(400, 500)).mean() - 1) < 0.01
+    layer = adapted("plain", compute=torch.float64).q_proj
+    for value in parts(layer):
+        value.data = value.data.double()
+    x, (a, b) = inputs(torch.float64, 3), parts(layer)
+    kept = Site(base=layer.base_layer, scaling=2.0, a=a, b=b, dropout=0.25, seed=11)
+    (fast,) = lora_linear.apply(x, [kept])
+    slow = x @ layer.base_layer.weight.T + 2.0 * (x * mask) @ a.T @ b.T
+    assert distance(fast, slow) < 1e-13
+    for one, two in zip(slopes(fast, [x, a, b]), slopes(slow, [x, a, b]), strict=True):
+        assert distance(one, two) < 1e-13
+
+
+def test_linears_with_one_input_go_through_together() -> None:
+    net = adapted("plain", compute=torch.float64, rank_pattern={"k_proj": 2})
+    for value in [*parts(net.q_proj), *parts(net.k_proj)]:
+        value.data = value.data.double()
+    x, sites = inputs(torch.float64), [lora_linear.site(layer) for layer in (net.q_proj, net.k_proj)]
+    sites.insert(1, lora_linear.site(net.q_proj.base_layer))  # one without an adapter between them
+    together = lora_linear.apply(x, sites)
+    alone = [net.q_proj(x), net.q_proj.base_layer(x), net.k_proj(x)]
+    wanted = [x, *parts(net.q_proj), *parts(net.k_proj)]
+    for one, two in zip(together, alone, strict=True):
+        assert distance(one, two) < 1e-14
+    for one, two in zip(slopes(torch.cat(together, -1), wanted), slopes(torch.cat(alone, -1), wanted), strict=True):
+        assert distance(one, two) < 1e-13
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_of_different_linears_are_their_own(form: str) -> None:
+    net = adapted(form, lora_dropout=0.5)
+    net.train()
+    seeds = {lora_linear.site(layer).seed for layer in (net.q_proj, net.k_proj)}
+    assert len(seeds) == 2
 
 
 @pytest.mark.parametrize("form", FORMS)

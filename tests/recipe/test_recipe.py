@@ -64,14 +64,14 @@ def test_unusual_but_legal_values() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_resolved_recipe_reloads_equal(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(with_data(tmp_path))
-    read = recipe.load(path)
-    (tmp_path / "again.yaml").write_text(yamlfile.dump(read.to_yaml_dict()))
-    assert recipe.load(tmp_path / "again.yaml") == read
-    flat = recipe.flatten(read)
-    assert all(isinstance(value, str | int | float | bool) for value in flat.values())
-    assert flat["adapter.r"] == read.adapter.fields["r"]
-    assert flat["evaluate.metrics"] == ", ".join(read.evaluate.metrics)
-    assert flat["data.eval_fraction"] == "null"
+    for read, _, _ in recipe.locate_all(path):
+        (tmp_path / "again.yaml").write_text(yamlfile.dump(read.to_yaml_dict()))
+        assert recipe.load(tmp_path / "again.yaml") == read
+        flat = recipe.flatten(read)
+        assert all(isinstance(value, str | int | float | bool) for value in flat.values())
+        assert flat["adapter.r"] == read.adapter.fields["r"]
+        assert flat["evaluate.metrics"] == ", ".join(read.evaluate.metrics)
+        assert flat["data.eval_fraction"] == (read.data.eval_fraction or "null")
 
 
 def with_data(folder: Path) -> Path:
@@ -79,6 +79,8 @@ def with_data(folder: Path) -> Path:
     (folder / "data" / "dates").mkdir(parents=True)
     for name in ("train", "eval"):
         (folder / "data" / "dates" / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
+    (folder / "data" / "samples").mkdir()
+    (folder / "data" / "samples" / "alpaca.jsonl").write_text("{}\n")
     return folder
 
 
@@ -107,6 +109,7 @@ def test_list_of_keys_is_frozen() -> None:
         "evaluate": "metrics every rows max_new_tokens batch_rows",
         "tracker": None,
         "output": None,
+        "adapters": None,
     }
     properties = recipe.schema()["properties"]
     assert list(properties) == list(expected)
@@ -129,9 +132,9 @@ def test_shipped_recipe(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     tree = yamlfile.load(path).value
     jsonschema.Draft202012Validator(json.loads((path.parent / "schema.json").read_text())).validate(tree)
     monkeypatch.chdir(with_data(tmp_path))
-    read = recipe.load(path)
-    assert known_models.find(read.model) is not None
-    assert read.output.startswith("runs/")
+    for read, _, _ in recipe.locate_all(path):
+        assert known_models.find(read.model) is not None
+        assert read.output.startswith("runs/")
 
 
 def test_schema_is_a_schema_and_refuses_what_the_loader_refuses() -> None:

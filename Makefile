@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge notebooks clean
+.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -91,6 +91,10 @@ bench-data: base
 
 bench-merge: setup
 	$(RUN)/python benchmarks/merge.py
+
+# What `finetune plan` predicts against what then comes; tests hold the formulas to the record that it writes.
+bench-plan: base tiny-base
+	$(RUN)/python benchmarks/plan.py
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.contestants.job import Job
+from finetune import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
@@ -55,11 +56,12 @@ class Running:
         handed = folder / f"{name}-job.json"
         replace(job, result=str(self.result), levers=list(entry.levers)).write(handed)
         python = sys.executable if entry.module in PLACES else str(PEERS)
+        own = hardware.LIBRARIES if entry.module in PLACES else {}  # as the command sets them
         pages = {"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {}
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [python, "-m", f"benchmarks.contestants.{entry.module}", str(handed), *entry.arguments],
-                cwd=ROOT, env=os.environ | ENVIRONMENT | pages, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                cwd=ROOT, env=os.environ | ENVIRONMENT | own | pages, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=log, text=True,
             )  # fmt: skip
 

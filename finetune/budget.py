@@ -1,16 +1,18 @@
-"""Memory and time, predicted by arithmetic on a decoder's shape: what ``plan`` weighs its choices with.
+"""Memory, predicted by arithmetic on a decoder's shape: what ``plan`` weighs its choices with.
 
-The formulas follow what the training step keeps; the constants are estimates, not yet set against measured runs.
+The formulas follow what the training step keeps. The constants of a CPU were measured (``make bench-plan``, whose
+record ``tests/test_calibration.py`` holds them to); those of a card are estimates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from finetune import optimizer
-from finetune.decoder import DecoderShape
+from finetune.decoder import LINEARS, DecoderShape
 from finetune.hardware import Hardware
+from finetune.kernels.causal_attention import ROWS
 from finetune.kernels.cross_entropy import chunk_rows
 from finetune.optimizer import Tensors
 from finetune.recipe import Recipe
@@ -24,10 +26,23 @@ _RECOMPUTE, _OFFLOAD = 0.47, 0.1
 _PASS_TOKENS = {"cuda": 200, "cpu": 100}
 """A pass over the weights (dequantisation, launches) costs as much as so many tokens."""
 USABLE = 0.9
-_OVERHEAD = {"cuda": 0.9e9, "cpu": 0.9e9}
-"""Bytes of the process itself: libraries, CUDA context, allocator's slack."""
-_EFFICIENCY = {"cuda": 0.45, "cpu": 0.45}
-"""Share of the matrix-product rate that a whole training step reaches."""
+_PROCESS = {"cuda": 0.9e9, "cpu": 0.46e9}
+"""Bytes of the process itself: Python, torch and its companions, loaded; CUDA context and its allocator's slack (not
+measured)."""
+_TOKEN_ENTRY = 750
+"""Bytes of the process for one entry of the tokenizer's vocabulary."""
+_COMPILED, _COMPILED_AT_MOST = 0.033e9, 0.22e9
+"""Products that oneDNN compiled and keeps: of one micro-batch, whose lengths are new, and of as many as
+``hardware.LIBRARIES`` lets it keep. In fp32 torch multiplies by another library, which keeps none."""
+_HOLES_COMPILED, _HOLES_LIVE, _HOLES_RECOMPUTED = 0.4, 0.9, 0.1e9
+_HOLES_KEPT = {"bf16": 0.2, "fp16": 0.2, "fp32": 0.75}
+_HOLES_PLAIN = 1.0
+"""Memory of the C library's heap that is free and cannot be used: per byte of compiled products, which lie scattered in
+it; per byte that comes and goes within a layer; where layers are recomputed; and per byte that is kept through the
+forward pass, with kernels (by the compute dtype) and without. glibc before 2.38 seldom finds an aligned block again
+that it has freed. On a card torch has an allocator of its own, whose slack is in ``_PROCESS``."""
+_PLAIN_HEAD = 13
+"""Bytes per logit without kernels: in the compute dtype, in fp32, the log-probabilities, and the gradients of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +61,13 @@ class Budget:
     @property
     def total(self) -> int:
         # Training and generating take turns: the larger of the two counts.
+        return max(self.training, self.training - self.activations - self.head + self.generation)
+
+    @property
+    def training(self) -> int:
+        """The peak of the steps alone."""
         fixed = self.weights + self.adapter + self.gradients + self.optimizer + self.overhead
-        return fixed + max(self.activations + self.head, self.generation)
+        return fixed + self.activations + self.head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +80,14 @@ class Load:
     lengths: Sequence[int]
     supervised: Sequence[int]
     parts: Sequence[Part] = ()
-    evaluated_tokens: int
-    generated_rows: int
+    evaluations: int = 0
+    """How often the held-out rows are judged; what follows is of one time."""
+    evaluated_tokens: int = 0
+    generated_rows: int = 0
+    prompt_tokens: int = 0
+    longest_prompt: int = 0
+    vocabulary: int = 0
+    """Entries of the tokenizer; 0: as many as the model has rows."""
 
 
 def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape) -> int:
@@ -78,10 +104,10 @@ def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape) 
     return int(linear * per_weight + rest * BYTES[compute])
 
 
-def token_bytes(shape: DecoderShape, compute: str, layers: int, *, offload: bool, kernels: bool) -> tuple[int, int]:
-    """(bytes kept per token over all layers, bytes live per token within one layer) of a training pass.
+def layer_bytes(shape: DecoderShape, compute: str, *, kernels: bool, device: str, longest: int) -> tuple[int, int]:
+    """(bytes that one layer keeps per token for its backward pass, bytes per token that come and go within that).
 
-    ``layers``: how many are recomputed; of those only the input is kept, which ``offload`` moves elsewhere.
+    ``longest``: the longest sample's tokens, which bound the attention's blocks on a CPU.
     """
     width, query, key_value = BYTES[compute], shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # Inputs of both parts; query, key, value before and after their norms; the attention's result; gate and up.
@@ -90,9 +116,51 @@ def token_bytes(shape: DecoderShape, compute: str, layers: int, *, offload: bool
     if not kernels:  # norms in fp32 with their parts, rotary's halves, the activation and the product beside the rest
         kept += 2 * (4 + 4) * shape.hidden + width * (2 * query + 3 * key_value + 2 * shape.hidden)
         kept += width * (3 * shape.intermediate + 2 * shape.hidden)
-    inputs = 0 if offload else width * shape.hidden
-    live = kept + width * 3 * shape.intermediate
-    return layers * inputs + (shape.layers - layers) * kept, live
+    # The product and its gradient, or both factors' gradients; the norm's fp32 copies and the gradients in and out.
+    mlp = width * (4 * shape.intermediate + 3 * shape.hidden) + 8 * shape.hidden
+    attention = width * 4 * (query + key_value) + 8 * key_value
+    if device == "cpu":  # scores, probabilities and their slope, a block of rows at a time, in fp32
+        attention += 3 * 4 * shape.heads * min(ROWS, longest)
+    return kept, max(mlp, attention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What goes through the model at once. ``supervised``: of its ``tokens``, those that the head sees."""
+
+    tokens: int
+    supervised: int
+    longest: int
+
+
+def passing_bytes(
+    shape: DecoderShape,
+    weights: str,
+    compute: str,
+    one: Pass,
+    layers: int,
+    *,
+    offload: bool,
+    kernels: bool,
+    device: str,
+) -> tuple[int, int, int]:
+    """(bytes kept through the forward pass, live within a layer, of the head) when a training pass holds most.
+
+    ``layers``: how many are recomputed, the first ones; of those only the input is kept, which ``offload`` moves
+    elsewhere. Either the forward pass has just ended, or the last of the recomputed layers is on its way back.
+    """
+    kept, live = layer_bytes(shape, compute, kernels=kernels, device=device, longest=one.longest)
+    width, largest = BYTES[compute], max(out * inside for out, inside in map(shape.linear, LINEARS))
+    live = live * one.tokens + (width * largest if weights not in BYTES else 0)
+    held = 0 if offload else layers * width * shape.hidden * one.tokens
+    ahead = held + (shape.layers - layers) * kept * one.tokens
+    rows = min(one.supervised, chunk_rows(shape.vocab, device)) if kernels else one.supervised
+    head = rows * shape.vocab * ((4 + width) if kernels else _PLAIN_HEAD)
+    final = shape.hidden * (3 * 4 + 3 * width) * one.tokens
+    options = [(ahead, final, head), (ahead, live, 0)]
+    if layers:
+        options.append((held + kept * one.tokens, live, 0))
+    return max(options, key=sum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,31 +170,61 @@ class Fitted:
     recompute: str
     layers: int
     micro_batch_tokens: int
-    budget: Budget
 
 
-def fit(
-    recipe: Recipe, shape: DecoderShape, hardware: Hardware, compute: str, tensors: Sequence[Tensors],
-    load: Load | None,
-) -> Fitted:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Memory of a run as a function of what goes through at once: a recipe on one model and machine."""
+
+    recipe: Recipe
+    shape: DecoderShape
+    hardware: Hardware
+    compute: str
+    tensors: Sequence[Tensors]
+    load: Load | None
+
+    def budget(self, one: Pass, layers: int, *, offload: bool, passes: float | None = None) -> Budget:
+        """Peak memory where ``one`` is the heaviest of ``passes`` micro-batches (None: of very many)."""
+        train, quantize, device = self.recipe.train, self.recipe.quantize, self.hardware.device
+        kernels = train.kernels != "off"
+        kept, live, head = passing_bytes(
+            self.shape, quantize.weights, self.compute, one, layers, offload=offload, kernels=kernels, device=device
+        )
+        slack, fixed = 0.0, _PROCESS[device] + _TOKEN_ENTRY * self._vocabulary()
+        if device == "cpu":
+            slack = (_HOLES_KEPT[self.compute] if kernels else _HOLES_PLAIN) * kept + _HOLES_LIVE * live
+            slack += _HOLES_COMPILED * self._compiled(passes) + (_HOLES_RECOMPUTED if layers else 0)
+            fixed += self._compiled(passes)
+        trained = [one for one in self.tensors if optimizer.is_trained(train.optimizer, one.role)]
+        return Budget(
+            weights=weight_bytes(quantize.weights, quantize.double, self.compute, self.shape),
+            adapter=4 * sum(one.parameters for one in self.tensors),
+            gradients=4 * sum(one.parameters for one in trained),
+            optimizer=optimizer.state_bytes(train.optimizer, self.tensors),
+            activations=int(kept + live + slack), head=head, generation=_generation_bytes(self), overhead=int(fixed),
+        )  # fmt: skip
+
+    def _vocabulary(self) -> int:
+        return (self.load.vocabulary if self.load else 0) or self.shape.vocab
+
+    def _compiled(self, passes: float | None) -> float:
+        if self.compute == "fp32":
+            return 0.0
+        return _COMPILED_AT_MOST if passes is None else min(_COMPILED_AT_MOST, _COMPILED * passes)
+
+
+def fit(need: Need, step: int | None) -> Fitted:
     """How many tokens go through at once and how many layers are recomputed, so that a token costs the least time.
 
     A recomputed layer costs one more forward; a pass over the weights costs as much as some tokens, which is shared by
-    all tokens of a micro-batch. ``tensors``: the adapter's.
+    all tokens of a micro-batch. ``step``: the most tokens of one step, where that is known.
     """
-    train, quantize = recipe.train, recipe.quantize
-    weights = weight_bytes(quantize.weights, quantize.double, compute, shape)
-    adapter = 4 * sum(one.parameters for one in tensors)
-    gradients = 4 * sum(one.parameters for one in tensors if optimizer.is_trained(train.optimizer, one.role))
-    states = optimizer.state_bytes(train.optimizer, tensors)
-    fixed = weights + adapter + gradients + states + int(_OVERHEAD[hardware.device])
-    rows = chunk_rows(shape.vocab, hardware.device)
-    head = rows * shape.vocab * (4 + BYTES[compute])
-    room = hardware.free_memory * USABLE - fixed - head
-    step = step_tokens(recipe, load)
+    train, shape, hardware = need.recipe.train, need.shape, need.hardware
+    room = hardware.free_memory * USABLE
 
-    def bytes_of(layers: int, offload: bool) -> tuple[int, int]:
-        return token_bytes(shape, compute, layers, offload=offload, kernels=train.kernels != "off")
+    def total(tokens: int, layers: int, offload: bool) -> int:
+        one = Pass(tokens=tokens, supervised=tokens, longest=min(tokens, train.max_length))
+        return need.budget(one, layers, offload=offload).total
 
     choices = {"auto": range(shape.layers + 1), "none": [0]}.get(train.recompute, [shape.layers])
     options = [(layers, train.recompute == "offload") for layers in choices]
@@ -134,21 +232,25 @@ def fit(
 
     def judged(layers: int, offload: bool) -> tuple[bool, float]:
         """Whether it fits; of those that do the fastest is best, of the others the smallest."""
-        fitting = int(room // sum(bytes_of(layers, offload)))
-        micro = _micro(recipe, hardware, fitting, step)
+        fitting = _most_tokens(lambda tokens: total(tokens, layers, offload) <= room)
+        micro = _micro(need.recipe, hardware, fitting, step)
         time = _token_time(layers / shape.layers, offload, micro, hardware)
         fits = fitting >= min(micro, step or micro)
-        return fits, -time if fits else -sum(bytes_of(layers, offload))
+        return fits, -time if fits else -total(micro, layers, offload)
 
     layers, offload = max(options, key=lambda option: judged(*option))
-    micro = _micro(recipe, hardware, int(room // sum(bytes_of(layers, offload))), step)
-    budget = Budget(
-        weights=weights, adapter=adapter, gradients=gradients, optimizer=states,
-        activations=sum(bytes_of(layers, offload)) * min(micro, step or micro), head=head,
-        generation=_generation_bytes(recipe, shape, hardware, compute, load), overhead=int(_OVERHEAD[hardware.device]),
-    )  # fmt: skip
+    fitting = _most_tokens(lambda tokens: total(tokens, layers, offload) <= room)
     word = "offload" if offload else "layers" if layers else "none"
-    return Fitted(recompute=word, layers=layers, micro_batch_tokens=micro, budget=budget)
+    return Fitted(recompute=word, layers=layers, micro_batch_tokens=_micro(need.recipe, hardware, fitting, step))
+
+
+def _most_tokens(fits: Callable[[int], bool]) -> int:
+    """The most tokens that fit, up to a million; memory grows with them."""
+    low, high = 0, 1 << 20
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _micro(recipe: Recipe, hardware: Hardware, fitting: int, step: int | None) -> int:
@@ -172,29 +274,20 @@ def step_tokens(recipe: Recipe, load: Load | None) -> int | None:
     return None
 
 
-def _generation_bytes(recipe: Recipe, shape: DecoderShape, hardware: Hardware, compute: str, load: Load | None) -> int:
+def _generation_bytes(need: Need) -> int:
     """Bytes while answers are generated: the cache, and on a CPU the 4-bit linears, dequantised once and kept."""
-    if "exact_match" not in recipe.evaluate.metrics:
+    recipe, shape, load, width = need.recipe, need.shape, need.load, BYTES[need.compute]
+    if "exact_match" not in recipe.evaluate.metrics or (load and not load.generated_rows):
         return 0
     packed = recipe.quantize.weights in ("nf4", "fp4")
-    dense = BYTES[compute] * shape.linear_parameters() if hardware.device == "cpu" and packed else 0
-    length = (max(load.lengths) if load else recipe.train.max_length) + recipe.evaluate.max_new_tokens
+    dense = width * shape.linear_parameters() if need.hardware.device == "cpu" and packed else 0
+    prompt = load.longest_prompt if load else recipe.train.max_length
     rows = min(recipe.evaluate.batch_rows, load.generated_rows) if load else recipe.evaluate.batch_rows
-    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[compute]
-    return dense + rows * length * (per_token + 6 * shape.intermediate * BYTES[compute]) + rows * shape.vocab * 8
-
-
-def seconds(shape: DecoderShape, hardware: Hardware, layers: int, load: Load, tokens: int) -> float | None:
-    """Per token forward 2N, backward 2N (the base has no weight gradients), 2N of each recomputed layer; None without a
-    known rate."""
-    if hardware.flops is None:
-        return None
-    linear, head = shape.linear_parameters(), shape.vocab * shape.hidden
-    passes = 4 + 2 * layers / shape.layers
-    share = sum(load.supervised) / sum(load.lengths)
-    training = tokens * (passes * linear + 4 * share * head)
-    evaluating = load.evaluated_tokens * 2 * linear * (2 if load.generated_rows else 1)
-    return (training + evaluating) / (hardware.flops * _EFFICIENCY[hardware.device])
+    # The cache grows by a copy of itself; reading the prompts is a forward pass of all rows at once.
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * width * (prompt + recipe.evaluate.max_new_tokens)
+    reading = prompt * (3 * shape.intermediate * width + 8 * shape.hidden)
+    made = rows * (2 * cache + reading + shape.vocab * 8)
+    return int(dense + made + (0 if need.compute == "fp32" or need.hardware.device != "cpu" else _COMPILED_AT_MOST / 2))
 
 
 def output_bytes(recipe: Recipe, tensors: Sequence[Tensors]) -> int:

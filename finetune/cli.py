@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from finetune import __version__, datacli, shipcli
+from finetune import __version__, datacli, hardware, shipcli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
 from finetune.options import Overrides, RecipePath, RunPath, check_recipe, silent
 from finetune.terminal import Terminal, clean
@@ -63,14 +63,23 @@ def plan(
     card: Annotated[
         float | None, typer.Option("--card", help="plan for a CUDA card with so many GB, not for this machine", min=1)
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="load the model, take two steps and correct the prediction; writes nothing")
+    ] = False,
 ) -> None:
     """Check a recipe, its data and its model, and say what a run would do and cost."""
     check_recipe(recipe, set_)
     from finetune import pipeline
 
-    made = pipeline.plan(recipe, set_ or (), silent() if as_json else Terminal(), card)
+    terminal = silent() if as_json else Terminal()
+    if probe and card:
+        raise typer.BadParameter("two steps can be taken on this machine alone: leave --card out", param_hint="--probe")
+    if probe:
+        made = pipeline.probe(recipe, set_ or (), terminal)
+    else:
+        made = pipeline.plan(recipe, set_ or (), terminal, card).to_dict()
     if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=2))
+        typer.echo(json.dumps(made, indent=2))
 
 
 @app.command()
@@ -187,9 +196,8 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """The ``finetune`` command. SIGTERM is Ctrl-C from the first moment on, also before training listens for it."""
-    # Read when torch loads. Threads that sleep while they wait: on a machine shared with other work, spinning ones
-    # made generation several times slower (55 s against 6 s, seen once). On an idle machine it was not measured.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in hardware.LIBRARIES.items():
+        os.environ.setdefault(name, value)
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

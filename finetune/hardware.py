@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+LIBRARIES = {
+    # Threads that sleep while they wait: on a machine shared with other work, spinning ones made generation several
+    # times slower (55 s against 6 s, seen once). On an idle machine it was not measured.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # oneDNN compiles a product for each shape that it meets and keeps 1,024 of them, in two caches. Micro-batches
+    # differ in length, and one linear of one length keeps 1 to 1.5 MB (measured): a gigabyte in a long run.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+    "LRU_CACHE_CAPACITY": "256",
+}
+"""Environment variables that torch's libraries read when they load; the command sets those that are not set."""
 _MATRIX_FLAGS = ("avx512_bf16", "amx_bf16", "avx512f", "avx2")
 
 
@@ -24,6 +36,10 @@ class Hardware:
     instruction_set: str
     flops: float | None
     """Dense FLOP/s that matrix products reach in practice; None for a card that is not in the table."""
+    flops_fp32: float | None = None
+    """The same in fp32, where it was measured; else it is taken to be ``flops``."""
+    bandwidth: float | None = None
+    """Bytes/s of a pointwise operation that reads and writes main memory, where it was measured."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,15 +83,19 @@ def detect() -> Hardware:
             flops=tflops * 1e12 if tflops else None,
         )
     memory = psutil.virtual_memory()
+    fp32 = _probe_flops("float32")
+    bf16 = any(flag in flags for flag in _MATRIX_FLAGS[:2])
     return Hardware(
         device="cpu",
         name=cpu_name(),
         memory=memory.total,
         free_memory=memory.available,
-        bf16=any(flag in flags for flag in _MATRIX_FLAGS[:2]),
+        bf16=bf16,
         threads=threads,
         instruction_set=instruction_set,
-        flops=_probe_flops("bfloat16" if any(flag in flags for flag in _MATRIX_FLAGS[:2]) else "float32"),
+        flops=_probe_flops("bfloat16") if bf16 else fp32,
+        flops_fp32=fp32,
+        bandwidth=_probe_bandwidth(),
     )
 
 
@@ -111,18 +131,33 @@ def _cpuinfo(key: str) -> str:
 
 
 def _probe_flops(dtype_name: str) -> float:
-    """FLOP/s of a 1024³ matrix product on this CPU, best of three; takes well under a second."""
-    import time
-
+    """FLOP/s of a 1024³ matrix product on this CPU, the best of several; takes well under a second."""
     import torch
 
     a = torch.randn(1024, 1024).to(getattr(torch, dtype_name))
-    best = float("inf")
-    for _ in range(3):
+    out = torch.empty_like(a)
+    return 2 * 1024**3 / _best(lambda: torch.mm(a, a, out=out))
+
+
+def _probe_bandwidth() -> float:
+    """Bytes/s of a product of two numbers each from main memory, into main memory."""
+    import torch
+
+    a = torch.ones(1 << 23)
+    out = torch.empty_like(a)
+    return 3 * 4 * len(a) / _best(lambda: torch.mul(a, a, out=out))
+
+
+def _best(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of some repetitions: neighbours on the machine only ever slow one down."""
+    import time
+
+    found = list[float]()
+    while len(found) < 3 or (len(found) < 12 and sum(found) < 0.15):
         start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def free_disk(path: Path) -> int:
@@ -141,6 +176,73 @@ def memory_in_use() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak() -> bool:
+    """Let the peak of memory begin again from what is held now; False where the system cannot."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Peak bytes since ``forget_peak``: allocated on the card, or resident on a machine without one."""
+    return memory_in_use() if _on_card() else resident("VmHWM") or memory_in_use()
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Bytes of this process from the kernel's account of it; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def _on_card() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def trim() -> None:
+    """Give free memory of the C library's heap back to the system.
+
+    glibc before 2.38 seldom finds an aligned block again that it has freed, and torch asks for nothing else: without
+    this a process grows from step to step. Does nothing where the C library is another.
+    """
+    function = _malloc_trim()
+    if function is not None:
+        function(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def empty_cache() -> None:
+    """Give everything back that nothing refers to, on the card too: after a step that ran out of memory."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    trim()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 CODEC = 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from finetune import budget
-from finetune.budget import Budget, Load
+from finetune.budget import Budget, Load, Need, Pass
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, Fault, RecipeError
 from finetune.hardware import Hardware
@@ -92,8 +92,14 @@ def fit(members: Sequence[Member], hardware: Hardware, *, must_fit: bool) -> lis
     budgets = [member.plan.budget for member in members]
     every = {name: sum(getattr(one, name) for one in budgets) for name in ("adapter", "gradients", "optimizer")}
     left = replace(hardware, free_memory=hardware.free_memory - int(sum(every.values()) / budget.USABLE))
-    fitted = budget.fit(recipe, first.shape, left, first.plan.compute, (), first.load)
-    found = replace(fitted.budget, generation=max(one.generation for one in budgets), **every)
+    need = Need(
+        recipe=recipe, shape=first.shape, hardware=left, compute=first.plan.compute, tensors=(), load=first.load
+    )  # fmt: skip
+    fitted = budget.fit(need, train.tokens_per_step)
+    full = min(fitted.micro_batch_tokens, train.tokens_per_step or fitted.micro_batch_tokens)
+    all_rows = Pass(tokens=full, supervised=full, longest=longest)
+    found = need.budget(all_rows, fitted.layers, offload=fitted.recompute == "offload")
+    found = replace(found, generation=max(one.generation for one in budgets), **every)
     usable = hardware.free_memory * budget.USABLE + found.overhead
     if must_fit and found.total > usable:
         what = f"all adapters need about {found.total / 1e9:.1f} GB, at most {usable / 1e9:.1f} GB can be used here"

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from finetune import layouts
+from finetune import hardware, layouts
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, Fault, ModelError
 from finetune.kernels import four_bit, frozen_linear, logn
 from finetune.shards import Reader
 
+_PIECE = 1 << 22
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,8 +66,7 @@ class Source:
             raise
         if self._change:
             value = self._change(name, value)
-        # The largest magnitude is NaN or infinite where any is: one pass, where isfinite makes a second tensor.
-        if not math.isfinite(torch.linalg.vector_norm(value.to(self._dtype), ord=math.inf)):
+        if not _finite(value, self._dtype):
             what = f"tensor {place.stored or name} holds NaN or infinity"
             self._faults.append(Fault(what, str(self._base.folder / place.shard), "fetch the base again"))
         with self._lock:
@@ -79,6 +79,15 @@ class Source:
         """Raise ModelError with what was wrong in the tensors read so far."""
         if self._faults:
             raise ModelError.of(self._faults[:20])
+
+
+def _finite(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is finite in ``dtype``, a piece at a time: an embedding is large, and would be copied.
+
+    The largest magnitude is NaN or infinite where any is: one pass, where isfinite makes a second tensor.
+    """
+    pieces = torch.split(value.reshape(-1), _PIECE)
+    return all(math.isfinite(torch.linalg.vector_norm(piece.to(dtype), ord=math.inf)) for piece in pieces)
 
 
 class _Lazy:
@@ -144,6 +153,7 @@ def load(
     model.config.use_cache = False
     model.name_or_path = str(base.folder)  # where PEFT looks for the base's name
     model.generation_config = GenerationConfig(**layouts.generation(base))
+    hardware.trim()
     return model
 
 

@@ -67,6 +67,7 @@ def run(joint: Joint, objective: Objective, members: Sequence[Member], start: in
         began = time.perf_counter()
         active = [who for who, member in enumerate(members) if step < len(member.course.steps)]
         batches = {who: next(feeds[who]) for who in active}
+        waited = time.perf_counter() - began
         losses = _passes(joint, objective, members, step, batches)
         done = {}
         for who in active:
@@ -74,7 +75,7 @@ def run(joint: Joint, objective: Objective, members: Sequence[Member], start: in
             with _named(member.name):
                 done[member.name] = loop.end_step(
                     member.policy, member.course, member.optimizer, member.scaler,
-                    step, batches[who], losses[who], began,
+                    step, batches[who], losses[who], began, waited,
                 )  # fmt: skip
         seconds = time.perf_counter() - began
         yield {name: replace(event, seconds=seconds) for name, event in done.items()}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from finetune import schedule
-from finetune.errors import ModelError
+from finetune import hardware, schedule
+from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import out_of_reach
 from finetune.optimizer import RATIO
 
@@ -69,6 +69,8 @@ class StepDone:
     supervised: int
     samples: int
     seconds: float
+    waited: float
+    """Of ``seconds``, those in which the device had nothing to do: the step's samples were fetched and collated."""
     loss_scale: float | None
 
 
@@ -115,8 +117,11 @@ def run(
         ModelError: a loss, gradient or weight that is not finite, with the rows of the batch.
     """
     policy.model.train()
-    for step, batches in enumerate(step_batches(examples, course, objective, start), start):
+    fetched = step_batches(examples, course, objective, start)
+    for step in range(start, len(course.steps)):
         began = time.perf_counter()
+        batches = next(fetched)
+        waited = time.perf_counter() - began
         count = sum(batch.count for batch in batches)
         total = 0.0
         for number, batch in enumerate(batches):
@@ -127,19 +132,24 @@ def run(
             (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
             total += result.total.item()
             on_micro_batch(number + 1, len(batches))
-        yield end_step(policy, course, optimizer, scaler, step, batches, total / count, began)
+        yield end_step(policy, course, optimizer, scaler, step, batches, total / count, began, waited)
 
 
 def end_step(
     policy: Policy, course: Course, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
-    step: int, batches: Sequence[Batch], loss: float, began: float,
+    step: int, batches: Sequence[Batch], loss: float, began: float, waited: float,
 ) -> StepDone:  # fmt: skip
     """Take the optimizer's step from the gradients that the step's batches left, and say what happened."""
     rate = course.rate(step)
     rows = [row for batch in batches for row in batch.rows]
-    norm = _update(optimizer, list(policy.trainable().values()), rate, course.max_grad_norm, scaler)
+    try:
+        norm = _update(optimizer, list(policy.trainable().values()), rate, course.max_grad_norm, scaler)
+    except torch.OutOfMemoryError as error:  # some tensors may have been moved: this step cannot be repeated
+        what = f"out of memory in the optimizer: {str(error).splitlines()[0]}"
+        raise EnvironmentFault(what, f"step {step + 1}", "choose an 8-bit or paged train.optimizer") from None
     if norm is None or not math.isfinite(norm):
         stop_if_not_finite(torch.tensor(math.nan), "gradient", step, rows)
+    hardware.trim()
     return StepDone(
         step=step + 1,
         loss=loss,
@@ -149,6 +159,7 @@ def end_step(
         supervised=sum(batch.supervised for batch in batches),
         samples=len(rows),
         seconds=time.perf_counter() - began,
+        waited=waited,
         loss_scale=scaler.get_scale() if scaler else None,
     )
 

@@ -34,6 +34,7 @@ class StepLog:
             "supervised_tokens": event.supervised,
             "samples": event.samples,
             "seconds": round(event.seconds, 4),
+            "waited": round(event.waited, 4),
             "tokens_per_second": round(speed, 1),
             "memory": memory,
         }

@@ -43,6 +43,18 @@ def _say_plan(prepared: Sequence[Prepared], terminal: Terminal) -> Plan | JointP
     return made
 
 
+def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[str, Any]:
+    """The plan, then two steps on its heaviest micro-batch: what was predicted, and what came. Writes nothing."""
+    prepared = prepare.prepare(recipe, overrides, progress=_reading(terminal, "reading"))
+    _say_plan([prepared], terminal)
+    from finetune import probe as probing
+
+    found = probing.probe(prepared, terminal)
+    for line in found.lines():
+        terminal.say(line)
+    return prepared.plan.to_dict() | {"probe": found.to_dict()}
+
+
 def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False) -> list[RunFolder]:
     """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand."""
     show = _reading(terminal, "reading")

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune import budget, optimizer, schedule, targets
-from finetune.budget import Budget, Load
+from finetune import budget, optimizer, schedule, speed, targets
+from finetune.budget import Budget, Load, Need, Pass
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
 from finetune.optimizer import Tensors
 from finetune.recipe import Located, Recipe
 from finetune.schedule import Part
+from finetune.speed import Work
 from finetune.targets import Target
 
 
@@ -118,22 +119,24 @@ def make(
     if recipe.train.max_length > shape.max_positions:
         what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
         raise RecipeError(what, located.where("train.max_length"), _longer(shape, recipe.rope))
-    compute = compute_dtype(recipe, hardware)
-    row_tensors = [Tensors("whole", shape.hidden * len(ids), 1) for ids in (rows or {}).values()]
-    tensors = [*selection.tensors, *row_tensors]
-    fitted = budget.fit(recipe, shape, hardware, compute, tensors, load)
-    predicted = fitted.budget
+    need = need_of(located, shape, hardware, load, rows)
+    compute, tensors = need.compute, need.tensors
+    steps = course_steps(recipe, load.lengths, load.parts) if load else None
+    fitted = budget.fit(need, _step_tokens(recipe, steps, load))
+    done = speed.work(steps, load, fitted.micro_batch_tokens) if load and steps else None
+    offload, full = fitted.recompute == "offload", fitted.micro_batch_tokens
+    memory = predicted(need, fitted.layers, offload, done, full)
     kind = recipe.train.optimizer
+    whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
     remarks = [*notes, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device)]
     if selection.whole:
         remarks.append(f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32")
-    if predicted.total > hardware.free_memory * budget.USABLE + predicted.overhead:
-        usable = (hardware.free_memory * budget.USABLE + predicted.overhead) / 1e9
-        what = f"needs about {predicted.total / 1e9:.1f} GB, at most {usable:.1f} GB can be used here"
+    if memory.total > hardware.free_memory * budget.USABLE + memory.overhead:
+        usable = (hardware.free_memory * budget.USABLE + memory.overhead) / 1e9
+        what = f"needs about {memory.total / 1e9:.1f} GB, at most {usable:.1f} GB can be used here"
         if must_fit:
             raise EnvironmentFault(what, f"memory of {hardware.name}", "lower train.max_length, or use quantize nf4")
         remarks.append(f"does not fit here: {what}")
-    steps = course_steps(recipe, load.lengths, load.parts) if load else None
     chosen = [index for step in steps for index in step] if steps and load else []
     tokens = sum(load.lengths[i] for i in chosen) if load else None
     remarks += shares(load, chosen) if load else []
@@ -151,13 +154,38 @@ def make(
         steps=len(steps) if steps is not None else recipe.train.steps,
         samples=len(chosen) if load else None, tokens=tokens,
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
-        targets=selection.targets, whole_parameters=selection.whole + sum(one.elements for one in row_tensors),
+        targets=selection.targets, whole_parameters=whole,
         frozen_parameters=sum(one.parameters for one in tensors if not optimizer.is_trained(kind, one.role)),
         adapter_fields=fields,
-        budget=predicted, free_memory=hardware.free_memory,
-        seconds=budget.seconds(shape, hardware, fitted.layers, load, tokens) if load and tokens else None,
+        budget=memory, free_memory=hardware.free_memory,
+        seconds=speed.seconds(need, fitted.layers, done) if done else None,
         output=recipe.output, output_bytes=budget.output_bytes(recipe, tensors),
         notes=tuple(remarks), unchecked=tuple(unchecked),
+    )  # fmt: skip
+
+
+def _step_tokens(recipe: Recipe, steps: Sequence[Sequence[int]] | None, load: Load | None) -> int | None:
+    """The most tokens that one step holds, where that is known."""
+    if load and steps:
+        return max(sum(load.lengths[index] for index in step) for step in steps)
+    return budget.step_tokens(recipe, load)
+
+
+def predicted(need: Need, layers: int, offload: bool, done: Work | None, full: int) -> Budget:
+    """Peak memory of a course's own micro-batches, or where they are not known of ``full`` tokens at once."""
+    longest = min(full, need.recipe.train.max_length)
+    heaviest = done.heaviest if done else Pass(tokens=full, supervised=full, longest=longest)
+    return need.budget(heaviest, layers, offload=offload, passes=done.passes if done else None)
+
+
+def need_of(
+    located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, rows: dict[str, list[int]] | None
+) -> Need:
+    """What memory and time depend on. Raises RecipeError: targets that match nothing."""
+    row_tensors = [Tensors("whole", shape.hidden * len(ids), 1) for ids in (rows or {}).values()]
+    return Need(
+        recipe=located.recipe, shape=shape, hardware=hardware, compute=compute_dtype(located.recipe, hardware),
+        tensors=[*targets.select(located, shape).tensors, *row_tensors], load=load,
     )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def _prepared(
     gathered = gather.gather(located.recipe, renderer, progress)
     _refuse_long_answers(located, base, gathered.held_out)
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
-    load = _load(located.recipe, gathered)
+    load = _load(located.recipe, gathered, len(renderer.tokenizer))
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
         notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes],
@@ -245,14 +245,18 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
     return located, _renderer(located, _inspect(located, found.folder))
 
 
-def _load(recipe: Recipe, gathered: Gathered) -> Load:
+def _load(recipe: Recipe, gathered: Gathered, vocabulary: int) -> Load:
     held_out, samples = gathered.held_out, gathered.samples
-    times = 2 + (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 2
-    tokens = sum(len(example.ids) for example in held_out.examples) if held_out else 0
+    between = (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 0
+    prompts = [len(question.prompt) for question in held_out.questions] if held_out else []
     return Load(
         lengths=samples.lengths.tolist(),
         supervised=samples.supervised.tolist(),
         parts=samples.part_list(),
-        evaluated_tokens=times * tokens,
-        generated_rows=len(held_out.questions) if held_out else 0,
+        evaluations=2 + between if held_out else 0,
+        evaluated_tokens=sum(len(example.ids) for example in held_out.examples) if held_out else 0,
+        generated_rows=len(prompts),
+        prompt_tokens=sum(prompts),
+        longest_prompt=max(prompts, default=0),
+        vocabulary=vocabulary,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,11 @@ class Run:
             changed.write(self.folder.identity)
         self.identity = changed
         torch.set_num_threads(int(stored.environment["threads"]))
+
+    def resolve(self, resolved: dict[str, Any]) -> None:
+        """What ``auto`` became has changed: durable from here on."""
+        self.identity = replace(self.identity, resolved=resolved)
+        self.identity.write(self.folder.identity)
 
     def _check_length(self, stored: Identity) -> None:
         """A longer run must begin with the very steps of the shorter one."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, devices, loop, manifest, metrics, model
+from finetune import checkpoint, devices, fallback, manifest, metrics, model
 from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
@@ -23,7 +23,6 @@ from finetune.interrupts import StopRequest, stop_requests
 from finetune.loop import Course, StepDone
 from finetune.metrics import StepLog
 from finetune.model import Policy
-from finetune.objectives import sft
 from finetune.prepare import Prepared
 from finetune.recipe import yamlfile
 from finetune.run import Run
@@ -99,14 +98,13 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
     policy = attach(run, model.load_base(run.base, run.form(), loading_bar(run)))
-    recompute(run, policy)
     optimizer, scaler = optimizer_of(run, policy)
     start = resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
     if start and run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
         run.judge(policy, f"step {start}")
-    events = loop.run(policy, sft, run.samples, course, optimizer, start, scaler)
+    events = fallback.steps(run, policy, course, optimizer, start, scaler)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
         while done < total:
@@ -138,7 +136,7 @@ def attach(run: Run, base: Policy) -> Policy:
 
 
 def recompute(run: Run, policy: Policy) -> None:
-    """Make the policy recompute what the run's plan says."""
+    """Make the policy recompute what the run's plan says; a single run asks ``fallback`` at every step."""
     resolved = run.identity.resolved
     if resolved["recompute"] != "none":
         policy.recompute_layers(resolved.get("recomputed_layers"), offload=resolved["recompute"] == "offload")

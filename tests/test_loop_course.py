@@ -160,5 +160,7 @@ def test_stop_and_resume_gives_the_bits_of_an_unbroken_run(
     unbroken, rows = full_run(whole, plan, scaler=scaler(compute))
     *events, (policy, seen) = stopped_and_resumed(tiny_base, tmp_path, plan, stop, compute)
     assert seen == rows  # every sample of every step once, in order, on either side of the break
-    assert [vars(event) | {"seconds": 0} for event in events] == [vars(event) | {"seconds": 0} for event in unbroken]
+    assert [vars(event) | {"seconds": 0, "waited": 0} for event in events] == [
+        vars(event) | {"seconds": 0, "waited": 0} for event in unbroken
+    ]
     assert tiny.same(tiny.weights(policy), tiny.weights(whole))

@@ -68,6 +68,7 @@ class _FrozenHead(torch.autograd.Function):
                 powers.scatter_add_(1, target, -total)
                 gradient[part] = logits.copy_(powers) @ weight
                 inverse[part] = total.reciprocal_().squeeze(1)
+            del logits, powers  # before the next chunk has its own: half a gigabyte more on a card
         ctx.save_for_backward(gradient, inverse)
         return losses
 

@@ -6,9 +6,10 @@ record ``tests/test_calibration.py`` holds them to); those of a card are estimat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune import optimizer
 from finetune.decoder import LINEARS, DecoderShape
@@ -188,13 +189,20 @@ class Need:
             slack += _HOLES_COMPILED["head" if head and kernels else "layer"] * compiled
             share, most = (_HOLES_KEPT[self.compute], 0.0) if kernels else _HOLES_PLAIN
             slack += share * kept + min(most, kept)
-        trained = [one for one in self.tensors if optimizer.is_trained(train.optimizer, one.role)]
+        made = {"activations": int(kept + live + slack), "head": head, "overhead": int(fixed)}
+        return replace(self._standing, **made)
+
+    @functools.cached_property
+    def _standing(self) -> Budget:
+        """What does not depend on the micro-batch."""
+        quantize, kind = self.recipe.quantize, self.recipe.train.optimizer
+        trained = [one for one in self.tensors if optimizer.is_trained(kind, one.role)]
         return Budget(
             weights=weight_bytes(quantize.weights, quantize.double, self.compute, self.shape),
             adapter=4 * sum(one.parameters for one in self.tensors),
             gradients=4 * sum(one.parameters for one in trained),
-            optimizer=optimizer.state_bytes(train.optimizer, self.tensors),
-            activations=int(kept + live + slack), head=head, generation=_generation_bytes(self), overhead=int(fixed),
+            optimizer=optimizer.state_bytes(kind, self.tensors),
+            activations=0, head=0, generation=_generation_bytes(self), overhead=0,
         )  # fmt: skip
 
     def _vocabulary(self) -> int:

@@ -51,6 +51,15 @@ def judge(record: Mapping[str, Any]) -> list[Judged]:
     return [_judged(point, rates, resting=resting(record)) for point in points]
 
 
+def table(record: Mapping[str, Any]) -> list[str]:
+    """The record as a Markdown table."""
+    lines = ["| run | GB predicted | measured | | seconds predicted | measured | |", "|---|---|---|---|---|---|---|"]
+    for one in judge(record):
+        memory = f"{one.bytes[0] / 1e9:.2f} | {one.bytes[1] / 1e9:.2f} | {one.memory - 1:+.0%}"
+        lines.append(f"| {one.name} | {memory} | {one.seconds[0]:.2f} | {one.seconds[1]:.2f} | {one.time - 1:+.0%} |")
+    return lines
+
+
 def resting(record: Mapping[str, Any]) -> bool:
     """Whether the machine did little else, so that wall time is the run's own."""
     return bool(record["load_before"][0] < _RESTING)

@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py             # the grid; writes benchmarks/results/plan-cpu.json
     python benchmarks/plan.py --only large  # points whose name holds that; writes nothing
+    python benchmarks/plan.py --table       # the record as a table, by today's formulas
 
 Each point is a process of its own that goes the real road: prepare, load, attach, steps of the real loop, judging.
 Peaks are the kernel's (VmHWM, forgotten after loading). What was measured and what the plan was made from are both
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import cases  # noqa: E402
-from benchmarks.calibration import judge, resting  # noqa: E402
+from benchmarks.calibration import judge, resting, table  # noqa: E402
 from finetune import hardware  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "plan-cpu.json"
@@ -112,7 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="points whose name holds this")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--table", action="store_true", help="print the committed record as a table, measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print("\n".join(table(json.loads(RESULT.read_text()))))
+        return
     began, load, started = datetime.now(UTC), os.getloadavg(), time.perf_counter()
     points = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,8 +6,10 @@ record ``tests/test_calibration.py`` holds them to); those of a card are estimat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from finetune import optimizer
 from finetune.decoder import LINEARS, DecoderShape
@@ -19,28 +21,25 @@ from finetune.recipe import Recipe
 from finetune.schedule import Part
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
-"""Tokens of a micro-batch beyond which nothing is gained: dequantisation is below 2 % of a pass (CUDA)."""
-_RECOMPUTE, _OFFLOAD = 0.47, 0.1
-"""Time of a whole recomputation and of moving the layers' inputs, as shares of a step without them."""
-_PASS_TOKENS = {"cuda": 200, "cpu": 100}
-"""A pass over the weights (dequantisation, launches) costs as much as so many tokens."""
 USABLE = 0.9
 _PROCESS = {"cuda": 0.9e9, "cpu": 0.46e9}
 """Bytes of the process itself: Python, torch and its companions, loaded; CUDA context and its allocator's slack (not
 measured)."""
 _TOKEN_ENTRY = 750
 """Bytes of the process for one entry of the tokenizer's vocabulary."""
-_COMPILED, _COMPILED_AT_MOST = 0.033e9, 0.22e9
-"""Products that oneDNN compiled and keeps: of one micro-batch, whose lengths are new, and of as many as
-``hardware.LIBRARIES`` lets it keep. In fp32 torch multiplies by another library, which keeps none."""
-_HOLES_COMPILED, _HOLES_LIVE, _HOLES_RECOMPUTED = 0.4, 0.9, 0.1e9
+_COMPILED, _MANY_SHAPES = 0.24e9, 350
+"""Products that oneDNN compiled and keeps: as many as ``hardware.LIBRARIES`` lets it, which it comes near once it has
+met some hundred shapes. In fp32 torch multiplies by another library, which keeps none."""
+_SHAPES, _BLOCK_SHAPES = 30, 10
+"""Shapes of products of one micro-batch: of its linears and head, and per block of the attention's rows."""
+_HOLES_COMPILED = {"layer": 0.45, "head": 0.15}
 _HOLES_KEPT = {"bf16": 0.2, "fp16": 0.2, "fp32": 0.75}
-_HOLES_PLAIN = 1.0
+_HOLES_LIVE, _HOLES_RECOMPUTED, _HOLES_INPUTS, _HOLES_PLAIN = 0.9, 0.04e9, 1.3, (0.65, 0.25e9)
 """Memory of the C library's heap that is free and cannot be used: per byte of compiled products, which lie scattered in
-it; per byte that comes and goes within a layer; where layers are recomputed; and per byte that is kept through the
-forward pass, with kernels (by the compute dtype) and without. glibc before 2.38 seldom finds an aligned block again
-that it has freed. On a card torch has an allocator of its own, whose slack is in ``_PROCESS``."""
+it, by where the peak is (the head's blocks are too large for the heap); per byte that is kept through the forward pass;
+per byte that comes and goes within a layer; where layers are recomputed, and per byte of their inputs; without kernels,
+per byte kept and in all. glibc before 2.38 seldom finds an aligned block again that it has freed. On a card torch has
+an allocator of its own, whose slack is in ``_PROCESS``."""
 _PLAIN_HEAD = 13
 """Bytes per logit without kernels: in the compute dtype, in fp32, the log-probabilities, and the gradients of both."""
 
@@ -164,15 +163,6 @@ def passing_bytes(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """``recompute``: none, layers or offload; ``layers``: how many of them."""
-
-    recompute: str
-    layers: int
-    micro_batch_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Need:
     """Memory of a run as a function of what goes through at once: a recipe on one model and machine."""
 
@@ -192,86 +182,37 @@ class Need:
         )
         slack, fixed = 0.0, _PROCESS[device] + _TOKEN_ENTRY * self._vocabulary()
         if device == "cpu":
-            slack = (_HOLES_KEPT[self.compute] if kernels else _HOLES_PLAIN) * kept + _HOLES_LIVE * live
-            slack += _HOLES_COMPILED * self._compiled(passes) + (_HOLES_RECOMPUTED if layers else 0)
-            fixed += self._compiled(passes)
-        trained = [one for one in self.tensors if optimizer.is_trained(train.optimizer, one.role)]
+            compiled = self._compiled(passes, one.longest)
+            fixed += compiled
+            inputs = 0 if offload else layers * BYTES[self.compute] * self.shape.hidden * one.tokens
+            slack = _HOLES_LIVE * live + _HOLES_INPUTS * inputs + (_HOLES_RECOMPUTED if layers else 0)
+            slack += _HOLES_COMPILED["head" if head and kernels else "layer"] * compiled
+            share, most = (_HOLES_KEPT[self.compute], 0.0) if kernels else _HOLES_PLAIN
+            slack += share * kept + min(most, kept)
+        made = {"activations": int(kept + live + slack), "head": head, "overhead": int(fixed)}
+        return replace(self._standing, **made)
+
+    @functools.cached_property
+    def _standing(self) -> Budget:
+        """What does not depend on the micro-batch."""
+        quantize, kind = self.recipe.quantize, self.recipe.train.optimizer
+        trained = [one for one in self.tensors if optimizer.is_trained(kind, one.role)]
         return Budget(
             weights=weight_bytes(quantize.weights, quantize.double, self.compute, self.shape),
             adapter=4 * sum(one.parameters for one in self.tensors),
             gradients=4 * sum(one.parameters for one in trained),
-            optimizer=optimizer.state_bytes(train.optimizer, self.tensors),
-            activations=int(kept + live + slack), head=head, generation=_generation_bytes(self), overhead=int(fixed),
+            optimizer=optimizer.state_bytes(kind, self.tensors),
+            activations=0, head=0, generation=_generation_bytes(self), overhead=0,
         )  # fmt: skip
 
     def _vocabulary(self) -> int:
         return (self.load.vocabulary if self.load else 0) or self.shape.vocab
 
-    def _compiled(self, passes: float | None) -> float:
+    def _compiled(self, passes: float | None, longest: int) -> float:
         if self.compute == "fp32":
             return 0.0
-        return _COMPILED_AT_MOST if passes is None else min(_COMPILED_AT_MOST, _COMPILED * passes)
-
-
-def fit(need: Need, step: int | None) -> Fitted:
-    """How many tokens go through at once and how many layers are recomputed, so that a token costs the least time.
-
-    A recomputed layer costs one more forward; a pass over the weights costs as much as some tokens, which is shared by
-    all tokens of a micro-batch. ``step``: the most tokens of one step, where that is known.
-    """
-    train, shape, hardware = need.recipe.train, need.shape, need.hardware
-    room = hardware.free_memory * USABLE
-
-    def total(tokens: int, layers: int, offload: bool) -> int:
-        one = Pass(tokens=tokens, supervised=tokens, longest=min(tokens, train.max_length))
-        return need.budget(one, layers, offload=offload).total
-
-    choices = {"auto": range(shape.layers + 1), "none": [0]}.get(train.recompute, [shape.layers])
-    options = [(layers, train.recompute == "offload") for layers in choices]
-    options += [(shape.layers, True)] if train.recompute == "auto" and hardware.device == "cuda" else []
-
-    def judged(layers: int, offload: bool) -> tuple[bool, float]:
-        """Whether it fits; of those that do the fastest is best, of the others the smallest."""
-        fitting = _most_tokens(lambda tokens: total(tokens, layers, offload) <= room)
-        micro = _micro(need.recipe, hardware, fitting, step)
-        time = _token_time(layers / shape.layers, offload, micro, hardware)
-        fits = fitting >= min(micro, step or micro)
-        return fits, -time if fits else -total(micro, layers, offload)
-
-    layers, offload = max(options, key=lambda option: judged(*option))
-    fitting = _most_tokens(lambda tokens: total(tokens, layers, offload) <= room)
-    word = "offload" if offload else "layers" if layers else "none"
-    return Fitted(recompute=word, layers=layers, micro_batch_tokens=_micro(need.recipe, hardware, fitting, step))
-
-
-def _most_tokens(fits: Callable[[int], bool]) -> int:
-    """The most tokens that fit, up to a million; memory grows with them."""
-    low, high = 0, 1 << 20
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def _micro(recipe: Recipe, hardware: Hardware, fitting: int, step: int | None) -> int:
-    if recipe.train.micro_batch_tokens != "auto":
-        return recipe.train.micro_batch_tokens
-    longest = recipe.train.max_length
-    return max(longest, min(_MOST_TOKENS[hardware.device], fitting, max(step or fitting, longest)))
-
-
-def _token_time(recomputed: float, offload: bool, micro: int, hardware: Hardware) -> float:
-    """Relative to a token with nothing recomputed and no pass over the weights to share."""
-    return 1 + _RECOMPUTE * recomputed + (_OFFLOAD if offload else 0) + _PASS_TOKENS[hardware.device] / micro
-
-
-def step_tokens(recipe: Recipe, load: Load | None) -> int | None:
-    """The most tokens that one step can hold, where that is known."""
-    if recipe.train.tokens_per_step:
-        return recipe.train.tokens_per_step
-    if load and recipe.train.examples_per_step:
-        return sum(sorted(load.lengths)[-recipe.train.examples_per_step :])
-    return None
+        shapes = math.inf if passes is None else passes * (_SHAPES + _BLOCK_SHAPES * -(-longest // ROWS))
+        return _COMPILED * (1 - math.exp(-shapes / _MANY_SHAPES))
 
 
 def _generation_bytes(need: Need) -> int:
@@ -287,7 +228,7 @@ def _generation_bytes(need: Need) -> int:
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * width * (prompt + recipe.evaluate.max_new_tokens)
     reading = prompt * (3 * shape.intermediate * width + 8 * shape.hidden)
     made = rows * (2 * cache + reading + shape.vocab * 8)
-    return int(dense + made + (0 if need.compute == "fp32" or need.hardware.device != "cpu" else _COMPILED_AT_MOST / 2))
+    return int(dense + made + (0 if need.compute == "fp32" or need.hardware.device != "cpu" else _COMPILED / 2))
 
 
 def output_bytes(recipe: Recipe, tensors: Sequence[Tensors]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from finetune import budget
+from finetune import budget, fitting
 from finetune.budget import Budget, Load, Need, Pass
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, Fault, RecipeError
@@ -82,7 +82,7 @@ def fit(members: Sequence[Member], hardware: Hardware, *, must_fit: bool) -> lis
     if wanted != "auto" and wanted < longest:
         what = f"must hold one example of each of {len(members)} adapters ({longest}); found {wanted}"
         raise RecipeError(what, first.located.where("train.micro_batch_tokens"), f"raise it, {_ALONE}")
-    steps = [budget.step_tokens(member.located.recipe, member.load) for member in members]
+    steps = [fitting.step_tokens(member.located.recipe, member.load) for member in members]
     at_once = {
         "max_length": longest, "examples_per_step": None,
         "tokens_per_step": sum(found for found in steps if found) if all(steps) else None,
@@ -95,7 +95,7 @@ def fit(members: Sequence[Member], hardware: Hardware, *, must_fit: bool) -> lis
     need = Need(
         recipe=recipe, shape=first.shape, hardware=left, compute=first.plan.compute, tensors=(), load=first.load
     )  # fmt: skip
-    fitted = budget.fit(need, train.tokens_per_step)
+    fitted = fitting.fit(need, train.tokens_per_step)
     full = min(fitted.micro_batch_tokens, train.tokens_per_step or fitted.micro_batch_tokens)
     all_rows = Pass(tokens=full, supervised=full, longest=longest)
     found = need.budget(all_rows, fitted.layers, offload=fitted.recompute == "offload")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune import budget, optimizer, schedule, speed, targets
+from finetune import budget, fitting, optimizer, schedule, speed, targets
 from finetune.budget import Budget, Load, Need, Pass
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
@@ -122,7 +122,7 @@ def make(
     need = need_of(located, shape, hardware, load, rows)
     compute, tensors = need.compute, need.tensors
     steps = course_steps(recipe, load.lengths, load.parts) if load else None
-    fitted = budget.fit(need, _step_tokens(recipe, steps, load))
+    fitted = fitting.fit(need, _step_tokens(recipe, steps, load))
     done = speed.work(steps, load, fitted.micro_batch_tokens) if load and steps else None
     offload, full = fitted.recompute == "offload", fitted.micro_batch_tokens
     memory = predicted(need, fitted.layers, offload, done, full)
@@ -168,7 +168,7 @@ def _step_tokens(recipe: Recipe, steps: Sequence[Sequence[int]] | None, load: Lo
     """The most tokens that one step holds, where that is known."""
     if load and steps:
         return max(sum(load.lengths[index] for index in step) for step in steps)
-    return budget.step_tokens(recipe, load)
+    return fitting.step_tokens(recipe, load)
 
 
 def predicted(need: Need, layers: int, offload: bool, done: Work | None, full: int) -> Budget:

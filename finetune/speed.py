@@ -15,11 +15,10 @@ from finetune.budget import BYTES, Load, Need, Pass
 _EFFICIENCY_CARD = 0.45
 """Share of a card's matrix-product rate that a whole step reaches."""
 _COST = {
-    "products": 0.36, "low_rank": 0.0, "moved": 21.0, "scores": 21.0, "logits": 33.0, "unpacked": 0.0,
-    "layer": 0.0013, "pass": 0.0, "step": 0.004,
+    "products": 0.27, "moved": 18.5, "scores": 26.0, "logits": 33.0, "unpacked": 0.4, "layer": 0.0019, "step": 0.0035,
 }  # fmt: skip
 """On a CPU, by the names of ``parts``: how many times the plain cost, or seconds each."""
-_WITHOUT_KERNELS = 2.0
+_WITHOUT_KERNELS = 1.6
 """Times as long without them."""
 _FORWARD = 0.4
 """Share of a training step that its forward pass takes."""
@@ -79,19 +78,16 @@ def parts(need: Need, layers: int, done: Work) -> dict[str, float]:
     linear, head = shape.linear_parameters(), shape.vocab * shape.hidden
     again = layers / shape.layers
     # A token's products: forward 2N, backward 2N (the base has no weight gradients), 2N again where it is recomputed.
-    adapter = sum(one.parameters for one in need.tensors if one.role in ("A", "B"))
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     row = width * (6 * shape.hidden + 3 * (query + key_value) + 4 * shape.intermediate)
     packed = need.recipe.quantize.weights not in BYTES
     return {
         "products": (done.tokens * (4 + 2 * again) * linear + 4 * done.supervised * head) / rate,
-        "low_rank": done.tokens * (6 + 2 * again) * adapter / rate,
         "moved": done.tokens * (2 + again) * shape.layers * row / memory,
         "scores": (1 + again / 3) * done.squares * shape.layers * shape.heads * 4 / memory,
         "logits": done.supervised * shape.vocab * 4 / memory,
         "unpacked": done.passes * (2 + again) * linear * width / memory if packed else 0.0,
         "layer": done.passes * shape.layers * (2 + again),
-        "pass": done.passes,
         "step": done.steps,
     }
 

@@ -69,7 +69,7 @@ def test_a_plan_for_less_memory_stays_within_it() -> None:
     ("module", "name", "wrong", "which"),
     [
         (budget, "_PROCESS", {"cpu": 0.25e9}, 0),
-        (budget, "_COMPILED_AT_MOST", 0.6e9, 0),
+        (budget, "_COMPILED", 0.6e9, 0),
         (budget, "_HOLES_KEPT", {"bf16": 0.9, "fp32": 0.75}, 0),
         (speed, "_COST", {**speed._COST, "moved": 2 * speed._COST["moved"]}, 1),
         (speed, "_COST", {**speed._COST, "products": 2 * speed._COST["products"]}, 1),

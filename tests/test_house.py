@@ -18,9 +18,9 @@ ROAD = [
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "together", "train", "probe",
     "fallback", "run", "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",
-    "similar", "texts", "report", "joint_plan", "plan", "targets", "speed", "budget", "merge", "fold", "proof",
-    "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint", "shared_base",
-    "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
+    "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
+    "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
+    "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
     "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
     "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip

@@ -68,7 +68,9 @@ def _in_a_process(sweep: str, size: int) -> dict[str, Any]:
         [sys.executable, __file__, "--one", sweep, str(size)], cwd=ROOT, env=os.environ | ENVIRONMENT,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    # Where a contestant's module is imported, all that is printed goes to the standard error.
+    said = (done.stdout + done.stderr).splitlines()
+    line = next((line for line in said if line.startswith("RESULT ")), None)
     if line is None:
         raise SystemExit(f"{sweep} {size} failed:\n{(done.stdout + done.stderr)[-3000:]}")
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))

@@ -150,9 +150,12 @@ def _tell(record: dict[str, Any]) -> None:
     print(f"time is {times}")
     for part in ("memory", "time"):
         print(f"furthest off in {part}: {max(judged, key=lambda one: abs(getattr(one, part) - 1)).line()}")
-    steps = [step for point in record["points"] for step in point["measured"]["steps"]]
-    waited = max(step["waited"] / step["seconds"] for step in steps)
-    print(f"the share of a step in which the device waits for its samples: at most {waited:.2%}")
+    for words in ("tiny", ""):
+        points = [point["measured"]["steps"][1:] for point in record["points"] if words in point["name"]]
+        shares = sorted(sum(one["waited"] for one in steps) / sum(one["seconds"] for one in steps) for steps in points)
+        if shares:
+            span = f"{shares[0]:.2%} to {shares[-1]:.2%}"
+            print(f"share of the time in which {words or 'all'} runs waited for samples: {span}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,13 +93,21 @@ class _StepBatches(torch.utils.data.Dataset[Any]):
 def step_batches(
     examples: Sequence[Example], course: Course, objective: Objective, start: int
 ) -> Iterator[list[Batch]]:
-    """Each step's micro-batches, from step ``start`` on."""
+    """Each step's micro-batches, from step ``start`` on; those of the next step are fetched while one is computed."""
     data = _StepBatches(examples, course, objective)
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, sampler=range(start, len(data)), num_workers=course.workers
     )
     with out_of_reach():  # its workers are started here
-        return iter(loader)
+        return _one_ahead(iter(loader))
+
+
+def _one_ahead(feed: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    with ThreadPoolExecutor(max_workers=1) as fetcher:
+        coming = fetcher.submit(next, feed, None)
+        while (batches := coming.result()) is not None:
+            coming = fetcher.submit(next, feed, None)
+            yield batches
 
 
 def run(

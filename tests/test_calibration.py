@@ -28,9 +28,21 @@ def _off() -> tuple[list[str], list[str]]:
     return memory, [one.line() for one in judged if abs(one.time - 1) > TIME]
 
 
-def test_every_point_is_predicted() -> None:
-    memory, time = _off()
+def _needs_rest() -> None:
+    if not calibration.resting(RECORD):
+        pytest.skip(
+            "the record was taken beside other work: the same step took up to 1.7 times as long from run to run"
+        )
+
+
+def test_the_memory_of_every_point_is_predicted() -> None:
+    memory, _ = _off()
     assert not memory, "\n".join(memory)
+
+
+def test_the_time_of_every_point_is_predicted() -> None:
+    _needs_rest()
+    _, time = _off()
     assert not time, "\n".join(time)
 
 
@@ -78,5 +90,7 @@ def test_a_plan_for_less_memory_stays_within_it() -> None:
 def test_a_wrong_constant_is_seen(
     monkeypatch: pytest.MonkeyPatch, module: Any, name: str, wrong: Any, which: int
 ) -> None:
+    if module is speed:
+        _needs_rest()
     monkeypatch.setattr(module, name, wrong)
     assert _off()[which]

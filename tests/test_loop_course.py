@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,25 @@ def test_stop_and_resume_gives_the_bits_of_an_unbroken_run(
         vars(event) | {"seconds": 0, "waited": 0} for event in unbroken
     ]
     assert tiny.same(tiny.weights(policy), tiny.weights(whole))
+
+
+class _Slow(list[Any]):
+    """Samples from a slow disk."""
+
+    def __getitem__(self, index: Any) -> Any:
+        time.sleep(0.03)
+        return super().__getitem__(index)
+
+
+def test_the_device_does_not_wait_for_samples(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, plan = tiny.adapt(tiny.load(tiny_base)), tiny.course([(0, 1)] * 6)
+    real = sft.loss
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.15)
+        return real(*arguments)
+
+    monkeypatch.setattr(sft, "loss", slow)
+    events = list(loop.run(policy, sft, _Slow(tiny.samples(LENGTHS)), plan, tiny.Recorder(policy)))
+    assert events[0].waited > 0.05  # there is nothing before the first step
+    assert sorted(event.waited for event in events[1:])[2] < 0.02

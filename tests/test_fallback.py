@@ -106,6 +106,26 @@ def test_going_on_keeps_what_the_run_fell_back_to(work: Path, plant: Plant, monk
         assert (runs.adapter_digest(other), runs.curve(other), _fallbacks(other)) == (digest, curve, found)
 
 
+def test_nothing_of_the_failed_try_is_left(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a step's gradient is there when its second micro-batch runs out of memory."""
+    two = "train.micro_batch_tokens=128"
+    assert train(two, "output=runs/free").code == 0
+    real, calls = sft.loss, iter(range(1, 1000))
+
+    def loss(policy: Any, batch: Any) -> Any:
+        if policy.model.training and next(calls) == 6:  # the second of the third step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(policy, batch)
+
+    monkeypatch.setattr(sft, "loss", loss)
+    said = train(two)
+    assert said.code == 0, said.err
+    assert "step 3 ran out of memory (CUDA out of memory.): from it on 1 layers recomputed" in said.out
+    assert [(one["step"], one["recomputed_layers"]) for one in _fallbacks()] == [(3, 1)]
+    assert runs.curve() == runs.curve(Path("runs/free"))  # what is recomputed has the same bits
+    assert runs.adapter_digest() == runs.adapter_digest(Path("runs/free"))
+
+
 def _checkpoint_of(step: int) -> Path:
     return OUTPUT / "checkpoints" / folder_name(step)
 

@@ -43,13 +43,13 @@ CARDS = {"16gb": 16, "24gb": 24, "80gb": 80}
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if "14b" in path.stem], ids=lambda path: path.stem)
 def test_a_14b_one_fits_the_card_that_it_is_named_after(path: Path, place: Path) -> None:
-    """Against the published numbers of the models; each component of the memory is there."""
+    """Against the published numbers of the models; the components that are there at the peak."""
     size = CARDS[path.stem.rpartition("-")[2]]
     said = finetune("plan", f"recipes/{path.name}", "--card", str(size), "--json")
     assert said.code == 0, said.err
     plan = json.loads(said.out)
     assert plan["memory"] < size * 1e9
-    assert {key for key, value in plan["budget"].items() if value} >= {"weights", "adapter", "activations", "head"}
+    assert {key for key, value in plan["budget"].items() if value} >= {"weights", "adapter", "activations"}
     parameters = {"qwen14b": 14_167_290_880, "qwen2.5": 14_770_033_664, "qwen3": 14_768_307_200}
     assert plan["parameters"] == parameters[path.stem.partition("-")[0]]
     if plan["weights"] == "nf4":

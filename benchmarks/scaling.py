@@ -68,9 +68,7 @@ def _in_a_process(sweep: str, size: int) -> dict[str, Any]:
         [sys.executable, __file__, "--one", sweep, str(size)], cwd=ROOT, env=os.environ | ENVIRONMENT,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    # Where a contestant's module is imported, all that is printed goes to the standard error.
-    said = (done.stdout + done.stderr).splitlines()
-    line = next((line for line in said if line.startswith("RESULT ")), None)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
         raise SystemExit(f"{sweep} {size} failed:\n{(done.stdout + done.stderr)[-3000:]}")
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
@@ -82,8 +80,7 @@ def _rows(count: int) -> dict[str, Any]:
     """Rows read, checked, tokenised and kept, from a cold cache, and then one step's samples read: rows per second."""
     import os
 
-    from benchmarks.contestants.job import _peak
-    from finetune import prepare
+    from finetune import hardware, prepare
 
     case = cases.make("small")
     lines = (case.recipe.parent / "rows.jsonl").read_text().splitlines()
@@ -97,15 +94,18 @@ def _rows(count: int) -> dict[str, Any]:
         prepared = prepare.prepare(case.recipe, [f"data.train_path={path}"])
         assert prepared.samples is not None
         tokens = int(prepared.samples.lengths.sum())
-        return {"per_second": count / (time.perf_counter() - began), "tokens": tokens, "peak_memory": _peak()}
+        return {
+            "per_second": count / (time.perf_counter() - began),
+            "tokens": tokens,
+            "peak_memory": hardware.peak_memory(),
+        }
 
 
 def _steps(sweep: str, size: str) -> dict[str, Any]:
     """Two timed optimizer steps: tokens per second."""
     import torch
 
-    from benchmarks.contestants.job import _forget_peak, _peak
-    from finetune import base, loop, model, optimizer
+    from finetune import base, hardware, loop, model, optimizer
     from finetune.dataset import Example
     from finetune.loading import BaseForm
     from finetune.loop import Course
@@ -125,11 +125,11 @@ def _steps(sweep: str, size: str) -> dict[str, Any]:
                     micro_batch_tokens=at_once, seed=0)  # fmt: skip
     events = loop.run(policy, sft, examples, course, optimizer.make(policy.model))
     next(events)
-    _forget_peak()
+    hardware.forget_peak()
     began = time.perf_counter()
     for _ in range(2):
         next(events)
-    return {"per_second": 2 * tokens / (time.perf_counter() - began), "peak_memory": _peak()}
+    return {"per_second": 2 * tokens / (time.perf_counter() - began), "peak_memory": hardware.peak_memory()}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

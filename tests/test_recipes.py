@@ -49,7 +49,9 @@ def test_a_14b_one_fits_the_card_that_it_is_named_after(path: Path, place: Path)
     assert said.code == 0, said.err
     plan = json.loads(said.out)
     assert plan["memory"] < size * 1e9
-    assert {key for key, value in plan["budget"].items() if value} >= {"weights", "adapter", "activations"}
+    # Where layers are recomputed, the peak is within one of them, when the head's logits are gone.
+    there = {"weights", "adapter", "activations"} | (set() if plan["recomputed_layers"] else {"head"})
+    assert {key for key, value in plan["budget"].items() if value} >= there
     parameters = {"qwen14b": 14_167_290_880, "qwen2.5": 14_770_033_664, "qwen3": 14_768_307_200}
     assert plan["parameters"] == parameters[path.stem.partition("-")[0]]
     if plan["weights"] == "nf4":

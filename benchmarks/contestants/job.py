@@ -62,10 +62,6 @@ class Job:
         return Path(self.snapshots) / f"{step}.safetensors"
 
 
-_ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what libraries print goes to the standard error: the standard output is the line to the one who asks
-
-
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -85,6 +81,12 @@ class Watch:
     """Real tokens of each step, where a contestant deals the rows in its own way."""
     resident_before: int = 0
     _last: tuple[float, float] = (0.0, 0.0)
+    _answers: Any = None
+
+    def __post_init__(self) -> None:
+        if self.turns:  # the standard output is the line to the one who asks; what libraries print goes elsewhere
+            self._answers = os.fdopen(os.dup(1), "w")
+            os.dup2(2, 1)
 
     def start(self) -> None:
         gc.collect()
@@ -104,8 +106,8 @@ class Watch:
 
     def _wait(self, said: dict[str, Any]) -> None:
         if self.turns:
-            _ANSWERS.write(json.dumps(said) + "\n")
-            _ANSWERS.flush()
+            self._answers.write(json.dumps(said) + "\n")
+            self._answers.flush()
             if not sys.stdin.readline():
                 raise SystemExit("told to stop")
         self._last = (time.perf_counter(), time.process_time())

@@ -24,6 +24,7 @@ from finetune.terminal import Terminal
 
 
 def main(job: Job) -> None:
+    watch, padded = Watch(job.skip, job.turns), list[float]()
     overrides = [f"quantize.weights={job.weights}", f"quantize.compute={job.compute}"]
     prepared = prepare.prepare(Path(job.recipe), overrides)
     run = Run(prepared, Terminal(quiet=True))
@@ -40,7 +41,6 @@ def main(job: Job) -> None:
         policy.model, "adamw", weight_decay=prepared.recipe.train.weight_decay, lora_plus_ratio=None
     )
     events = loop.run(policy, sft, prepared.samples, course, optimizer)
-    watch, padded = Watch(job.skip, job.turns), list[float]()
     watch.start()
     for step in range(len(job.steps)):
         if job.snapshots:

@@ -87,9 +87,14 @@ def _judged(point: Mapping[str, Any], rates: Mapping[str, float], *, resting: bo
 
 
 def _located(tree: Mapping[str, Any]) -> Located:
+    """A recorded recipe, located again. A recipe's paths must exist, a record's need not: empty ones stand for them."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(json.dumps(tree))  # JSON is YAML
+        base, file = Path(folder) / "base", Path(folder) / "recipe.yaml"
+        base.mkdir()
+        data = {key: f"{folder}/{key}.jsonl" for key in ("train_path", "eval_path") if tree["data"][key]}
+        for rows in data.values():
+            Path(rows).touch()
+        file.write_text(json.dumps({**tree, "model": str(base), "data": {**tree["data"], **data}}))  # JSON is YAML
         return recipe.locate(file)
 
 

@@ -16,11 +16,6 @@ RECORD: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "plan-cpu
 MEMORY, TIME = 0.10, 0.25
 
 
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 def _off() -> tuple[list[str], list[str]]:
     """Points beyond the bounds, in memory and in time."""
     judged = calibration.judge(RECORD)

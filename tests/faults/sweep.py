@@ -25,7 +25,7 @@ from tests.faults import ROOT, Fault, Mode, Op, Outcome, Trials
 
 TRAIN = "tests.faults.jobs:train"
 SAVE_EVERY, STEPS = 4, 12
-_TIMES = ("seconds", "tokens_per_second", "memory")
+_TIMES = ("seconds", "waited", "tokens_per_second", "memory")
 _UNLIKE = {"plan.json", ".lock"}
 """Files that may differ between two equal runs: the plan tells today's free memory."""
 

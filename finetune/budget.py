@@ -89,13 +89,14 @@ class Load:
     """Entries of the tokenizer; 0: as many as the model has rows."""
 
 
-def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape) -> int:
+def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape, device: str) -> int:
     """Bytes of the frozen base: the linears in their number format, everything else in the compute dtype."""
     linear = shape.linear_parameters()
     rest = shape.parameters() - linear
     if weights in ("nf4", "fp4"):
-        # Per 64 weights one scale: fp32, or 8 bits and one fp32 per 256 scales (Dettmers et al. 2023, section 3).
-        per_weight = 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
+        # Per 64 weights one scale: fp32, or 8 bits and one fp32 per 256 scales (Dettmers et al. 2023, section 3), which
+        # loading decodes on a CPU.
+        per_weight = 0.5 + (1 / 64 + 4 / (64 * 256) if double and device != "cpu" else 4 / 64)
     elif weights == "int8":
         per_weight = 1.0 + 4 / shape.hidden
     else:
@@ -198,7 +199,7 @@ class Need:
         quantize, kind = self.recipe.quantize, self.recipe.train.optimizer
         trained = [one for one in self.tensors if optimizer.is_trained(kind, one.role)]
         return Budget(
-            weights=weight_bytes(quantize.weights, quantize.double, self.compute, self.shape),
+            weights=weight_bytes(quantize.weights, quantize.double, self.compute, self.shape, self.hardware.device),
             adapter=4 * sum(one.parameters for one in self.tensors),
             gradients=4 * sum(one.parameters for one in trained),
             optimizer=optimizer.state_bytes(kind, self.tensors),

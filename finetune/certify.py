@@ -258,7 +258,7 @@ def proof_form(base: Base, form: BaseForm) -> BaseForm:
 
 def fits(merged: Base, form: BaseForm) -> bool:
     """Whether the merged model can be held here, with room to answer."""
-    size = budget.weight_bytes(form.weights, form.double, form.compute, merged.shape)
+    size = budget.weight_bytes(form.weights, form.double, form.compute, merged.shape, form.device)
     return size + 2e9 < hardware.detect().free_memory * budget.USABLE
 
 

@@ -22,7 +22,7 @@ from finetune.merge import quantised_names
 
 def need(base: Base) -> int:
     """Bytes of memory that such a merge takes."""
-    return int(budget.weight_bytes("fp32", False, "fp32", base.shape) * 1.05 + 1e9)
+    return int(budget.weight_bytes("fp32", False, "fp32", base.shape, "cpu") * 1.05 + 1e9)
 
 
 def attach(model: Any, folder: Path) -> Any:

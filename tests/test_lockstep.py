@@ -166,17 +166,21 @@ def test_dropout_is_the_noise_of_its_own_run(tiny_base: Path, recompute: bool) -
     wanted = unlike()
     for name, chance in (("wide", 0.3), ("long", 0.1)):
         wanted[name].fields["lora_dropout"] = chance
-    for name, lived in together(tiny_base, "nf4", wanted, recompute).items():
-        assert apart(lived, alone(tiny_base, "nf4", wanted[name])) < BOUND, name
+    # Gradients, not adapters: the noise leaves many near nothing, and Adam's g / |g| makes those as large as any.
+    assert gradients_apart(tiny_base, "nf4", wanted, recompute) < BOUND
 
 
 def test_without_kernels_it_is_the_same(tiny_base: Path) -> None:
     assert gradients_apart(tiny_base, "fp32", unlike(), kernels=False) < BOUND
 
 
-def gradients_apart(folder: Path, weights: str, all_: dict[str, Wanted], **attach: Any) -> float:
+def gradients_apart(
+    folder: Path, weights: str, all_: dict[str, Wanted], recompute: bool = False, **attach: Any
+) -> float:
     """The largest norm-relative difference of a gradient, tensor by tensor, of adapters that are awake."""
     joint, made = members(folder, weights, all_, **attach)
+    if recompute:
+        joint.policy.recompute_layers()
     recorders = [wake(member.policy) for member in made]
     made = [replace(member, optimizer=one) for member, one in zip(made, recorders, strict=True)]
     for _ in run(joint, sft, made):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class Packed:
     dtype: torch.dtype
     kind: str
     blocksize: int
+
+    def with_decoded_scales(self) -> Packed:
+        """The same weight with its block scales in fp32: 5 MB more for 100 million weights, and never decoded again."""
+        return replace(self, scales=self.scales.decoded()) if isinstance(self.scales, Nested) else self
 
 
 def quantize(weight: torch.Tensor, kind: str, *, double: bool, blocksize: int = BLOCK) -> Packed:

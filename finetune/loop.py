@@ -37,7 +37,10 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """The numbers that fix a run's course. ``micro_batch_tokens`` bounds the tokens of one forward pass."""
+    """The numbers that fix a run's course. ``micro_batch_tokens`` bounds the tokens of one forward pass.
+
+    ``memory``: bytes that the process may hold before it gives free ones back between steps (0: it always does).
+    """
 
     steps: tuple[tuple[int, ...], ...]
     peak_rate: float
@@ -47,6 +50,7 @@ class Course:
     micro_batch_tokens: int
     seed: int
     workers: int = 0
+    memory: int = 0
 
     def noise_seed(self, step: int, micro_batch: int) -> int:
         """Dropout noise belongs to these numbers, not to what ran before: resume needs no RNG state."""
@@ -158,7 +162,7 @@ def end_step(
         raise EnvironmentFault(what, f"step {step + 1}", "choose an 8-bit or paged train.optimizer") from None
     if norm is None or not math.isfinite(norm):
         stop_if_not_finite(torch.tensor(math.nan), "gradient", step, rows)
-    hardware.trim()
+    hardware.trim(course.memory)
     return StepDone(
         step=step + 1,
         loss=loss,

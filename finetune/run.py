@@ -112,6 +112,7 @@ class Run:
             steps=tuple(steps), peak_rate=train.learning_rate, warmup=train.warmup, kind=train.schedule,
             max_grad_norm=train.max_grad_norm, micro_batch_tokens=self.identity.resolved["micro_batch_tokens"],
             seed=train.seed, workers=train.workers,
+            memory=self.prepared.plan.budget.training if self.prepared.plan.device == "cpu" else 0,
         )  # fmt: skip
 
     def form(self) -> BaseForm:

@@ -85,7 +85,8 @@ def test_the_loss_falls(tiny_base: Path, kind: str, ratio: float | None) -> None
 def test_adamw_is_torchs(tiny_base: Path, decay: float) -> None:
     one, two = adapted(tiny_base), adapted(tiny_base)
     pushed(one, optimizers.make(one.model, "adamw", weight_decay=decay), 5)
-    pushed(two, torch.optim.AdamW(two.trainable().values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=decay), 5)
+    how = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay, "fused": True}
+    pushed(two, torch.optim.AdamW(two.trainable().values(), **how), 5)
     assert tiny.same(tiny.weights(one), tiny.weights(two))
 
 
@@ -115,7 +116,7 @@ def test_lora_plus_is_two_rates(tiny_base: Path, ratio: float) -> None:
     pushed(one, optimizers.make(one.model, "adamw", weight_decay=0.1, lora_plus_ratio=ratio), 5)
     high = [value for name, value in two.trainable().items() if "lora_B" in name]
     low = [value for name, value in two.trainable().items() if "lora_B" not in name]
-    by_hand = [torch.optim.AdamW(group, lr=1e-3, weight_decay=0.1) for group in (low, high)]
+    by_hand = [torch.optim.AdamW(group, lr=1e-3, weight_decay=0.1, fused=True) for group in (low, high)]
     by_hand[1].param_groups[0]["lr"] = 1e-3 * ratio
     for drawn in pushed(adapted(tiny_base), torch.optim.SGD([torch.zeros(1)]), 5):
         for name, value in two.trainable().items():
@@ -128,7 +129,7 @@ def test_lora_plus_is_two_rates(tiny_base: Path, ratio: float) -> None:
 def test_lora_plus_is_pefts_where_that_has_no_traps(tiny_base: Path) -> None:
     one, two = adapted(tiny_base), adapted(tiny_base)
     pushed(one, optimizers.make(one.model, lora_plus_ratio=8.0), 4)
-    theirs = create_loraplus_optimizer(two.model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)
+    theirs = create_loraplus_optimizer(two.model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, fused=True)
     for group in theirs.param_groups:
         group[optimizers.RATIO] = group["lr"] / 1e-3
     pushed(two, theirs, 4)

@@ -8,7 +8,7 @@ sample's result cannot depend on what was packed beside it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,8 +39,8 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where samples lie in a pack, made once for all layers. ``bounds``: their starts and the end; ``starts``: the same
-    as int32 on the device."""
+    """Where samples lie in a pack, made once for all layers. ``bounds``: their starts and the end, behind which tokens
+    may follow that belong to none; ``starts``: the same as int32 on the device."""
 
     bounds: tuple[int, ...]
     starts: torch.Tensor
@@ -110,13 +110,18 @@ def composed(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float
 ) -> torch.Tensor:
     """``attend`` of torch's own operations."""
-    parts = [
-        _unpadded(
-            causal_attention.forward(_padded(query, group), _padded(key, group), _padded(value, group), scaling), group
-        )
-        for group in layout.groups
-    ]
-    return _in_order(parts, layout)
+    return _by_group(causal_attention.native, query, key, value, layout, scaling)
+
+
+def _by_group(
+    way: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout,
+    scaling: float,
+) -> torch.Tensor:  # fmt: skip
+    parts = []
+    for group in layout.groups:
+        states = way(*(_padded(one, group) for one in (query, key, value)), scaling)
+        parts.append(_unpadded(states, group))
+    return _in_order(parts, layout, query.shape[2])
 
 
 def _padded(states: torch.Tensor, group: Group) -> torch.Tensor:
@@ -134,11 +139,12 @@ def _unpadded(states: torch.Tensor, group: Group) -> torch.Tensor:
     return rows if group.real is None else rows.index_select(0, group.real)
 
 
-def _in_order(parts: Sequence[torch.Tensor], layout: Layout) -> torch.Tensor:
-    """Groups' tokens → [1, heads, tokens, head_dim], each at its place."""
-    order = torch.cat([_places(group) for group in layout.groups])
-    rows = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-    return torch.empty_like(rows).index_copy(0, order, rows).transpose(0, 1)[None]
+def _in_order(parts: Sequence[torch.Tensor], layout: Layout, tokens: int) -> torch.Tensor:
+    """Groups' tokens → [1, heads, tokens, head_dim], each at its place; what lies behind the last sample is zero."""
+    filling = parts[0].new_zeros(tokens - layout.bounds[-1], *parts[0].shape[1:])
+    order = [*map(_places, layout.groups), torch.arange(layout.bounds[-1], tokens, device=filling.device)]
+    rows = torch.cat([*parts, filling])
+    return torch.empty_like(rows).index_copy(0, torch.cat(order), rows).transpose(0, 1)[None]
 
 
 def _places(group: Group) -> torch.Tensor:
@@ -146,28 +152,28 @@ def _places(group: Group) -> torch.Tensor:
 
 
 class _OnCpu(torch.autograd.Function):
-    """All groups as one step of autograd, which keeps the packed inputs and the result."""
+    """All groups as one step of autograd, which keeps the packed inputs alone."""
 
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float
     ) -> torch.Tensor:
-        out = composed(query, key, value, layout, scaling)
-        ctx.save_for_backward(query, key, value, out)
+        ctx.save_for_backward(query, key, value)
         ctx.layout, ctx.scaling = layout, scaling
-        return out
+        return _by_group(causal_attention.forward, query, key, value, layout, scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         parts: list[list[torch.Tensor]] = []
         for group in ctx.layout.groups:
-            q, k, v, result, slope = (_padded(states, group) for states in (query, key, value, out, grad))
+            q, k, v, slope = (_padded(states, group) for states in (query, key, value, grad))
             if group.real is not None:  # what stands in for a token has no part in the result
                 slope = _only_real(slope, group)
-            gradients = causal_attention.backward(q, k, v, result, slope, ctx.scaling)
+            gradients = causal_attention.backward(q, k, v, slope, ctx.scaling)
             parts.append([_unpadded(one, group) for one in gradients])
-        return (*(_in_order(list(one), ctx.layout) for one in zip(*parts, strict=True)), None, None)
+        by_input = zip(*parts, strict=True)
+        return (*(_in_order(list(one), ctx.layout, query.shape[2]) for one in by_input), None, None)
 
 
 def _only_real(states: torch.Tensor, group: Group) -> torch.Tensor:

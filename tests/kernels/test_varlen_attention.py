@@ -60,7 +60,7 @@ def test_the_way_of_a_card_equals_that_of_a_cpu(bounds: tuple[int, ...], _: int)
     """On a card the samples' products are torch's own with torch's gradients; the gathering around them is the same."""
     inputs, layout = states(bounds, (4, 2), torch.float64), lay_out(bounds, torch.device("cpu"))
     fast, plain = attend(*inputs, layout), varlen_attention.composed(*inputs, layout, 0.5)
-    assert torch.equal(fast, plain)
+    assert tiny.distance(fast, plain) < 1e-14
     slope = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for one, two in zip(
         torch.autograd.grad(fast, inputs, slope), torch.autograd.grad(plain, inputs, slope), strict=True

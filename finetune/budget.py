@@ -27,13 +27,13 @@ _PROCESS = {"cuda": 0.9e9, "cpu": 0.46e9}
 measured)."""
 _TOKEN_ENTRY = 750
 """Bytes of the process for one entry of the tokenizer's vocabulary."""
-_COMPILED, _MANY_SHAPES = 0.24e9, 350
+_COMPILED, _MANY_SHAPES = 0.2e9, 350
 """Products that oneDNN compiled and keeps: as many as ``hardware.LIBRARIES`` lets it, which it comes near once it has
 met some hundred shapes. In fp32 torch multiplies by another library, which keeps none."""
 _SHAPES, _BLOCK_SHAPES = 30, 10
 """Shapes of products of one micro-batch: of its linears and head, and per block of the attention's rows."""
 _HOLES_COMPILED = {"layer": 0.45, "head": 0.15}
-_HOLES_KEPT = {"bf16": 0.2, "fp16": 0.2, "fp32": 0.75}
+_HOLES_KEPT = {"bf16": 0.32, "fp16": 0.32, "fp32": 0.85}
 _HOLES_LIVE, _HOLES_RECOMPUTED, _HOLES_INPUTS, _HOLES_PLAIN = 0.9, 0.04e9, 1.3, (0.65, 0.25e9)
 """Memory of the C library's heap that is free and cannot be used: per byte of compiled products, which lie scattered in
 it, by where the peak is (the head's blocks are too large for the heap); per byte that is kept through the forward pass;

@@ -1,4 +1,4 @@
-"""Time, predicted: what a course's micro-batches cost, as products at the measured rate and as memory that moves.
+"""Time, predicted: what a course's micro-batches cost, as products at the measured rate and as bytes worked through.
 
 The constants of a CPU were measured (``make bench-plan``, whose record ``tests/test_calibration.py`` holds them to);
 those of a card are estimates.
@@ -15,10 +15,12 @@ from finetune.budget import BYTES, Load, Need, Pass
 _EFFICIENCY_CARD = 0.45
 """Share of a card's matrix-product rate that a whole step reaches."""
 _COST = {
-    "products": 0.27, "moved": 18.5, "scores": 26.0, "logits": 33.0, "unpacked": 0.4, "layer": 0.0019, "step": 0.0035,
+    "products": 1.15, "moved": 0.82e-9, "scores": 1.5e-9, "logits": 1.6e-9, "unpacked": 0.73e-9, "layer": 0.0021,
+    "step": 0.015,
 }  # fmt: skip
-"""On a CPU, by the names of ``parts``: how many times the plain cost, or seconds each."""
-_WITHOUT_KERNELS = 1.6
+"""On a CPU, by the names of ``parts``: how many times the plain cost, or seconds each. What is not a product costs a
+thread the same on processors whose memory differs by four times in speed: it is bound by what a core does with a byte."""
+_WITHOUT_KERNELS = 1.5
 """Times as long without them."""
 _FORWARD = 0.4
 """Share of a training step that its forward pass takes."""
@@ -71,10 +73,11 @@ def work(steps: Sequence[Sequence[int]], load: Load, micro_batch_tokens: int) ->
 
 
 def parts(need: Need, layers: int, done: Work) -> dict[str, float]:
-    """What that work consists of, by the constants' names: seconds at the measured rates, or counts."""
+    """What that work consists of, by the constants' names: products in seconds at the measured rate, bytes that a thread
+    works through, or counts."""
     shape, hardware, width = need.shape, need.hardware, BYTES[need.compute]
     rate = (hardware.flops_fp32 if need.compute == "fp32" else None) or hardware.flops or 1.0
-    memory = hardware.bandwidth or 1e10
+    threads = hardware.threads
     linear, head = shape.linear_parameters(), shape.vocab * shape.hidden
     again = layers / shape.layers
     # A token's products: forward 2N, backward 2N (the base has no weight gradients), 2N again where it is recomputed.
@@ -83,10 +86,10 @@ def parts(need: Need, layers: int, done: Work) -> dict[str, float]:
     packed = need.recipe.quantize.weights not in BYTES
     return {
         "products": (done.tokens * (4 + 2 * again) * linear + 4 * done.supervised * head) / rate,
-        "moved": done.tokens * (2 + again) * shape.layers * row / memory,
-        "scores": (1 + again / 3) * done.squares * shape.layers * shape.heads * 4 / memory,
-        "logits": done.supervised * shape.vocab * 4 / memory,
-        "unpacked": done.passes * (2 + again) * linear * width / memory if packed else 0.0,
+        "moved": done.tokens * (2 + again) * shape.layers * row / threads,
+        "scores": (1 + again / 3) * done.squares * shape.layers * shape.heads * 4 / threads,
+        "logits": done.supervised * shape.vocab * 4 / threads,
+        "unpacked": done.passes * (2 + again) * linear * width / threads if packed else 0.0,
         "layer": done.passes * shape.layers * (2 + again),
         "step": done.steps,
     }

@@ -19,7 +19,7 @@ _COST = {
     "step": 0.015,
 }  # fmt: skip
 """On a CPU, by the names of ``parts``: how many times the plain cost, or seconds each. What is not a product costs a
-thread the same on processors whose memory differs by four times in speed: it is bound by what a core does with a byte."""
+thread the same on processors whose memory differs by four times in speed: a core is what bounds it."""
 _WITHOUT_KERNELS = 1.5
 """Times as long without them."""
 _FORWARD = 0.4
@@ -73,8 +73,8 @@ def work(steps: Sequence[Sequence[int]], load: Load, micro_batch_tokens: int) ->
 
 
 def parts(need: Need, layers: int, done: Work) -> dict[str, float]:
-    """What that work consists of, by the constants' names: products in seconds at the measured rate, bytes that a thread
-    works through, or counts."""
+    """What that work consists of, by the constants' names: products in seconds at the measured rate, bytes that one
+    thread works through, or counts."""
     shape, hardware, width = need.shape, need.hardware, BYTES[need.compute]
     rate = (hardware.flops_fp32 if need.compute == "fp32" else None) or hardware.flops or 1.0
     threads = hardware.threads

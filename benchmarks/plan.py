@@ -54,8 +54,8 @@ def _at(tokens: int, *more: str) -> tuple[str, ...]:
 
 _SHORT = ("train.max_length=512",)
 GRID = (
-    Point(name="tiny nf4, judged", case="tiny", judged=True),
-    Point(name="tiny fp32", case="tiny", overrides=("quantize.weights=fp32", *_at(512))),
+    Point(name="tiny nf4, judged", case="tiny", judged=True, steps=40),  # of some 30 ms each
+    Point(name="tiny fp32", case="tiny", overrides=("quantize.weights=fp32", *_at(512)), steps=40),
     Point(name="small bf16 512", case="small", overrides=(*_SHORT, *_at(512))),
     Point(name="small bf16 1024", case="small", overrides=_at(1024)),
     Point(name="small bf16 2048", case="small", overrides=_at(2048)),

@@ -24,6 +24,16 @@ from finetune.terminal import Progress, Terminal, duration
 _SHOWN_ROWS = 8
 
 
+def doctor(terminal: Terminal) -> dict[str, Any]:
+    """Look at the installation and the machine; ``holds`` says whether all is well."""
+    from finetune import doctor as examining
+
+    found = examining.examine()
+    for one in found:
+        terminal.say(str(one))
+    return examining.to_dict(found)
+
+
 def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:
     """Check everything and say what a run would do, here or on a card with ``card`` GB."""
     return _say_plan(

@@ -24,14 +24,23 @@ from finetune.terminal import Progress, Terminal, duration
 _SHOWN_ROWS = 8
 
 
-def doctor(terminal: Terminal) -> dict[str, Any]:
-    """Look at the installation and the machine; ``holds`` says whether all is well."""
+def doctor(terminal: Terminal, *, numerics: bool) -> dict[str, Any]:
+    """Look at the installation and the machine, and prove what it computes; ``holds`` says whether all is well."""
     from finetune import doctor as examining
 
     found = examining.examine()
     for one in found:
         terminal.say(str(one))
-    return examining.to_dict(found)
+    said = examining.to_dict(found)
+    if numerics:
+        from finetune import numerics as proving
+
+        checks = proving.prove(terminal)
+        for check in checks:
+            terminal.say(str(check))
+        said |= {"holds": said["holds"] and all(one.holds for one in checks),
+                 "numerics": [one.to_dict() for one in checks]}  # fmt: skip
+    return said
 
 
 def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:

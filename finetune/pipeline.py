@@ -43,6 +43,13 @@ def doctor(terminal: Terminal, *, numerics: bool) -> dict[str, Any]:
     return said
 
 
+def init(data: str, out: Path, name: str | None, card: float | None, terminal: Terminal) -> dict[str, Any]:
+    """Look at data and machine, and write a first recipe that plans."""
+    from finetune import draft
+
+    return draft.begin(data, out, name, card, terminal, _reading(terminal, "reading"))
+
+
 def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:
     """Check everything and say what a run would do, here or on a card with ``card`` GB."""
     return _say_plan(

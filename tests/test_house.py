@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = ["cli", "startcli", "datacli", "shipcli", "options", "pipeline", "chat"]
 ROAD = [
-    "doctor", "numerics",
+    "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "together", "train", "probe",
     "fallback", "run", "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",

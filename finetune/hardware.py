@@ -115,6 +115,23 @@ def imagined(gigabytes: float) -> Hardware:
     )
 
 
+def cards() -> list[dict[str, Any]]:
+    """Every CUDA card as torch sees it: name, memory in bytes, compute capability."""
+    import torch
+
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count() if torch.cuda.is_available() else 0))
+    return [{"name": one.name, "memory": one.total_memory, "capability": [one.major, one.minor]} for one in found]
+
+
+def nvidia_driver() -> str:
+    """The version of this system's NVIDIA driver; empty where none is loaded."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    return next((word for word in text.split() if word[0].isdigit() and "." in word), "present")
+
+
 def cpu_flags() -> frozenset[str]:
     return frozenset(_cpuinfo("flags").split())
 

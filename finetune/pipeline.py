@@ -24,6 +24,32 @@ from finetune.terminal import Progress, Terminal, duration
 _SHOWN_ROWS = 8
 
 
+def doctor(terminal: Terminal, *, numerics: bool) -> dict[str, Any]:
+    """Look at the installation and the machine, and prove what it computes; ``holds`` says whether all is well."""
+    from finetune import doctor as examining
+
+    found = examining.examine()
+    for one in found:
+        terminal.say(str(one))
+    said = examining.to_dict(found)
+    if numerics:
+        from finetune import numerics as proving
+
+        checks = proving.prove(terminal)
+        for check in checks:
+            terminal.say(str(check))
+        said |= {"holds": said["holds"] and all(one.holds for one in checks),
+                 "numerics": [one.to_dict() for one in checks]}  # fmt: skip
+    return said
+
+
+def init(data: str, out: Path, name: str | None, card: float | None, terminal: Terminal) -> dict[str, Any]:
+    """Look at data and machine, and write a first recipe that plans."""
+    from finetune import draft
+
+    return draft.begin(data, out, name, card, terminal, _reading(terminal, "reading"))
+
+
 def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:
     """Check everything and say what a run would do, here or on a card with ``card`` GB."""
     return _say_plan(

@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
-ENTRANCE = ["cli", "datacli", "shipcli", "options", "pipeline", "chat"]
+ENTRANCE = ["cli", "startcli", "datacli", "shipcli", "options", "pipeline", "chat"]
 ROAD = [
+    "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "together", "train", "probe",
     "fallback", "run", "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",
@@ -27,7 +28,8 @@ ROAD = [
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
     "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "schedule",
-    "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest", "runfolder", "errors",
+    "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest", "runfolder",
+    "conflicts", "tiny_base", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 

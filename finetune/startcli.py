@@ -1,0 +1,50 @@
+"""The verbs of a beginning: init and doctor. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.options import silent
+from finetune.terminal import Terminal
+
+
+def init(
+    data: Annotated[str, typer.Argument(help="a file, a folder, or a data set's id on the hub", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="the recipe to write, which must not exist")] = Path("recipe.yaml"),
+    model: Annotated[
+        str | None, typer.Option("--model", help="the base: a folder, or a model's id on the hub; else what fits")
+    ] = None,
+    card: Annotated[
+        float | None, typer.Option("--card", help="draft for a CUDA card with so many GB, not for this machine", min=1)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the recipe's path and plan as JSON")] = False,
+) -> None:
+    """Look at your data and this machine, and write a commented recipe that plans. Overwrites nothing."""
+    from finetune import pipeline
+
+    made = pipeline.init(data, out, model, card, silent() if as_json else Terminal())
+    if as_json:
+        typer.echo(json.dumps(made, indent=2))
+
+
+def doctor(
+    numerics: Annotated[
+        bool, typer.Option("--numerics", help="train a tiny model in ways that must agree, and show how far they do")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """Look at versions, known conflicts, GPU, memory, disk and environment. Exit 1 where one must be mended."""
+    from finetune import pipeline
+
+    found = pipeline.doctor(silent() if as_json else Terminal(), numerics=numerics)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    if not found["holds"]:
+        raise typer.Exit(1)
+
+
+VERBS = (init, doctor)

@@ -2,7 +2,7 @@
 
 In fp32 two ways are compared directly: loss and gradient of the same steps. In bf16 two right ways already lie further
 apart than that (decision 0005): there each is held against fp32 at the same weights, and may not be further from it,
-on average over the steps, than transformers and PEFT over padded rows are, plus 1e-3.
+on average over the steps, than one and a half times as far as transformers and PEFT over padded rows are, plus 1e-3.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ _FIELDS: dict[str, Any] = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 _LENGTHS = (3, 40, 7, 22, 2, 31, 15, 9, 57, 12, 12, 5, 64, 28, 4, 19, 33, 6, 11, 47, 8, 25, 2, 70)
-_STEPS = tuple(tuple(range(start, start + 8)) for start in range(0, len(_LENGTHS), 8))
+_REPEATS = 12
+"""In bf16 one step says little: two right ways differ by 2e-3 either way over 3 steps (10 draws of the rows)."""
+_MORE = 1.5
 _WHOLE, _ALONE = 10_000, 1
 """Tokens of a micro-batch: all rows of a step at once, or each alone."""
 
@@ -99,7 +101,7 @@ def prove(terminal: Terminal) -> list[Check]:
 
 def ways(base: Base, form: BaseForm) -> list[Check]:
     """Accumulation, packing and kernels: the same steps, computed in other ways."""
-    rows = samples(_LENGTHS)
+    rows = samples(_LENGTHS if form.compute == "fp32" else _LENGTHS * _REPEATS)
     on, off = _adapted(base, form), _adapted(base, form, kernels=False)
     split, whole, plain, padded = (
         _by_the_loop(on, rows, _ALONE), _by_the_loop(on, rows, _WHOLE), _by_the_loop(off, rows, _WHOLE),
@@ -116,7 +118,7 @@ def ways(base: Base, form: BaseForm) -> list[Check]:
             for name, (one, two, what) in pairs.items()
         ]
     truth = _by_the_library(_adapted(base, replace(form, compute="fp32"), kernels=False), rows)
-    bound = _off(padded, truth) + BF16
+    bound = _MORE * _off(padded, truth) + BF16
     singles = {
         "accumulation": (split, "8 micro-batches, from fp32"),
         "packing": (plain, "packed rows, from fp32"),
@@ -181,7 +183,7 @@ def _trained(base: Base, form: BaseForm, until: int = 6, saved: Checkpoint | Non
         model.load_adapter(policy.model, saved.weights, base.folder)
         checkpoint.restore_optimizer(made, policy.trainable(), saved.moments)
     events = loop.run(
-        policy, sft, samples(_LENGTHS), _course(_STEPS * 2, 50), made, start=saved.step if saved else 0
+        policy, sft, samples(_LENGTHS), _course(_steps(_LENGTHS) * 2, 50), made, start=saved.step if saved else 0
     )  # fmt: skip
     for event in events:
         if event.step == until:
@@ -212,6 +214,11 @@ def _adapted(base: Base, form: BaseForm, *, kernels: bool = True, **fields: Any)
     return policy
 
 
+def _steps(rows: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """Eight rows a step."""
+    return tuple(tuple(range(start, start + 8)) for start in range(0, len(rows), 8))
+
+
 def _course(steps: tuple[tuple[int, ...], ...], tokens: int) -> Course:
     plain: dict[str, Any] = {"peak_rate": 5e-3, "warmup": 0, "kind": "constant", "max_grad_norm": math.inf, "seed": 0}
     return Course(steps=steps, micro_batch_tokens=tokens, **plain)
@@ -231,7 +238,7 @@ class _Keeper(torch.optim.SGD):
 
 def _by_the_loop(policy: Policy, rows: Sequence[Example], tokens: int) -> Steps:
     keeper = _Keeper(policy)
-    losses = [event.loss for event in loop.run(policy, sft, rows, _course(_STEPS, tokens), keeper)]
+    losses = [event.loss for event in loop.run(policy, sft, rows, _course(_steps(rows), tokens), keeper)]
     return Steps(torch.tensor(losses, dtype=torch.float64), torch.cat(keeper.kept))
 
 
@@ -239,7 +246,7 @@ def _by_the_library(policy: Policy, rows: Sequence[Example]) -> Steps:
     """The same by transformers alone: rows padded to one width, attention mask, labels, mean over labels."""
     policy.model.train()
     losses, gradients = [], []
-    for chosen in _STEPS:
+    for chosen in _steps(rows):
         width = max(len(rows[index].ids) for index in chosen) + 8
         ids, mask, labels = (torch.full((len(chosen), width), fill) for fill in (0, 0, -100))
         for at, index in enumerate(chosen):

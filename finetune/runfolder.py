@@ -62,6 +62,14 @@ class RunFolder:
         return self.root / "samples.jsonl"
 
     @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -5,6 +5,7 @@ Written while the tokenizer is at hand, so that the run's report can be made fro
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,15 @@ def _tokens(samples: Samples, index: int, renderer: Renderer) -> dict[str, Any]:
 
 
 def _asked(held_out: HeldOut | None, renderer: Renderer) -> dict[str, str]:
-    """The end of each question, as the model reads it, without control tokens."""
+    """Each question's last turn, as the model reads it."""
     questions = held_out.questions[:_ASKED] if held_out else ()
-    return {
-        question.where: str(renderer.tokenizer.decode(question.prompt, skip_special_tokens=True))[-_CHARACTERS:]
-        for question in questions
-    }
+    return {question.where: _last_turn(question.prompt, renderer)[-_CHARACTERS:] for question in questions}
+
+
+def _last_turn(prompt: tuple[int, ...], renderer: Renderer) -> str:
+    """What stands between control tokens before the model's own turn is opened; all of it where there are none."""
+    tokenizer = renderer.tokenizer
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    stretches = [list(ids) for control, ids in itertools.groupby(prompt, special.__contains__) if not control]
+    found = [text for ids in stretches if (text := str(tokenizer.decode(ids)).strip())]
+    return found[-2 if len(found) > 1 else -1].removeprefix("user\n") if found else ""

@@ -11,7 +11,7 @@ import html
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Point = tuple[float, float]
 
@@ -36,7 +36,10 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """What is drawn into one frame. ``bound``: a level to compare with, and its label; ``shown`` writes a value."""
+    """What is drawn into one frame. ``bound``: a level to compare with, and its label; ``shown`` writes a value.
+
+    ``zero``: the axis begins at 0; else only where the values come near it.
+    """
 
     title: str
     series: Sequence[Series]
@@ -44,7 +47,7 @@ class Plot:
     x_name: str = "step"
     bound: tuple[float, str] | None = None
     smooth: bool = False
-    zero: bool = field(default=True)
+    zero: bool = False
 
 
 def thinned(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
@@ -134,7 +137,7 @@ def _frame(plot: Plot, series: Sequence[Series]) -> _Frame:
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points] + ([plot.bound[0]] if plot.bound else [])
     low, high = min(ys), max(ys)
-    if plot.zero and low >= 0 and (low <= high / 2 or low == high):
+    if low >= 0 and (plot.zero or low <= high / 2 or low == high):
         low = 0.0
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return _Frame((min(xs), max(xs)), (low if low == 0 else low - room, high + room))

@@ -65,11 +65,11 @@ def training(story: Story) -> str:
         Plot(title="learning rate", shown=short, series=[Series(label="", points=curves["learning_rate"])]),
         Plot(title="gradient norm", shown=short, smooth=True, series=[Series(label="", points=curves["grad_norm"])]),
         Plot(
-            title="tokens per second", shown=short, smooth=True,
+            title="tokens per second", shown=short, smooth=True, zero=True,
             series=[Series(label="", points=curves["tokens_per_second"])],
         ),
         Plot(
-            title=f"peak memory, {'GB' if large else 'MB'}", shown=short,
+            title=f"peak memory, {'GB' if large else 'MB'}", shown=short, zero=True,
             series=[Series(label="", points=[(x, y / unit) for x, y in curves["memory"]])],
             bound=(planned / unit, f"{short(planned / unit)} planned") if planned else None,
         ),

@@ -39,8 +39,8 @@ def test_its_tokens_are_the_samples_with_their_part_in_the_loss(finished: Path) 
 
 
 def test_questions_are_there_as_text_and_long_samples_are_cut(work: Path) -> None:
-    write_rows(Path("train.jsonl"), [chat("q " * 700, "a " * 20), chat("q", "a")])
-    assert train("train.max_length=1800", "train.steps=1", "train.micro_batch_tokens=1800").code == 0
+    write_rows(Path("train.jsonl"), [chat("q " * 450, "a " * 5), chat("q", "a")])
+    assert train("train.max_length=1000", "train.steps=1", "train.micro_batch_tokens=1000").code == 0
     found = json.loads((OUTPUT / "data.json").read_text())
     assert found["shown"][0]["more"] > 0
     assert len(found["shown"][0]["pieces"]) == 600

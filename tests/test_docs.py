@@ -98,7 +98,8 @@ def test_tests_mirror_the_package() -> None:
         "messages": "formats/test_chat", "rowcheck": "test_conversation", "datacli": "test_datacheck",
         "card": "test_release", "shipcli": "test_cli", "export": "test_release", "upload": "test_push",
         "llamaruntime": "test_prove", "terms": "test_release", "signature": "test_verify",
-        "options": "test_cli", "runresult": "test_runpage", "runsections": "test_runpage", "joint_plan": "test_together",
+        "options": "test_cli", "joint_plan": "test_together", "runresult": "test_runpage",
+        "runsections": "test_runpage",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 
@@ -79,7 +80,7 @@ def test_labels_do_not_touch() -> None:
     found = plot.draw(Plot(title="t", series=series, shown="{:g}".format, bound=(1.0, "planned")))
     places = [float(y) for y in re.findall(r'<text class="[^"]*label" x="[^"]+" y="([^"]+)"', found)]
     assert len(places) == 4
-    assert all(after - before >= 14 - 0.11 for before, after in zip(places, places[1:], strict=False))
+    assert all(after - before >= 14 - 0.11 for before, after in itertools.pairwise(places))
 
 
 def test_names_stay_text() -> None:

@@ -22,9 +22,11 @@ from tests.test_datashow import HOSTILE, browser, opened
 from tests.test_run import signal_at
 
 REPORT = OUTPUT / "report.html"
-TAGS = set(
-    ["html", "meta", "title", "style", "header", "p", "h1", "h2", "h3", "dl", "div", "dt", "dd", "small", "main", "section", "figure", "figcaption", "svg", "line", "text", "polyline", "circle", "rect", "title", "table", "thead", "tbody", "tr", "th", "td", "article", "details", "summary", "pre", "span", "ul", "li", "footer"]
-)
+TAGS = {
+    "html", "meta", "title", "style", "header", "p", "h1", "h2", "h3", "dl", "div", "dt", "dd", "small", "main",
+    "section", "figure", "figcaption", "svg", "line", "text", "polyline", "circle", "rect", "table", "thead",
+    "tbody", "tr", "th", "td", "article", "details", "summary", "pre", "span", "ul", "li", "footer",
+}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -168,12 +170,12 @@ def test_a_long_run_writes_its_report_seldom(tmp_path: Path, monkeypatch: pytest
     """Each reads all metrics: twenty in all, however often the run saves."""
     written: list[int] = []
     monkeypatch.setattr(runpage, "keep", lambda folder, terminal, training: written.append(1))
-    for total, saves in ((10_000, 1_000), (10_000, 50), (6, 2), (1, 1)):
+    for total, saves, pages_written in ((10_000, 1_000, 19), (10_000, 50, 16), (6, 3, 2), (1, 1, 0)):
         pages = runpage.Pages(RunFolder(tmp_path), Terminal(), total, 0)
         written.clear()
         for step in range(total // saves, total + 1, total // saves):
             pages.at(step)
-        assert len(written) == min(saves - 1, 19)
+        assert len(written) == pages_written
 
 
 def hostile_report() -> Path:
@@ -184,16 +186,20 @@ def hostile_report() -> Path:
     scores = json.loads((OUTPUT / "scores.json").read_text())
     scores["after"] |= {"loss_by_source": dict.fromkeys(texts, 1.0)}
     (OUTPUT / "scores.json").write_text(json.dumps(scores | {text: {"loss": 1.0, "exact_match": 1} for text in texts}))
-    for name, more in (
-        ("plan.json", {"notes": texts, "unchecked": texts, "model": texts[0], "device_name": texts[1], "family": texts[2],
-                       "output": "runs/<img src=x onerror=\"document.title='owned'\">"}),
-        ("identity.json", {key: dict(zip(texts, texts, strict=True)) for key in ("base", "data", "environment")}),
-        ("data.json", {"sources": [{"name": text, "samples": 1} for text in texts], "asked": {text: text for text in texts},
-                       "shown": [{"summary": text, "pieces": [{"text": text, "ids": [1], "kind": "trained", "weight": 1}]}
-                                 for text in texts[:4]]}),
-    ):  # fmt: skip
-        stored = json.loads((OUTPUT / name).read_text())
-        (OUTPUT / name).write_text(json.dumps(stored | more))
+    piece = {"ids": [1], "kind": "trained", "weight": 1}
+    spoilt: dict[str, dict[str, Any]] = {
+        "plan.json": {
+            "notes": texts, "unchecked": texts, "model": texts[0], "device_name": texts[1], "family": texts[2],
+            "output": "runs/<img src=x onerror=\"document.title='owned'\">",
+        },
+        "identity.json": {key: dict(zip(texts, texts, strict=True)) for key in ("base", "data", "environment")},
+        "data.json": {
+            "sources": [{"name": text, "samples": 1} for text in texts], "asked": {text: text for text in texts},
+            "shown": [{"summary": text, "pieces": [piece | {"text": text}]} for text in texts[:4]],
+        },
+    }  # fmt: skip
+    for name, more in spoilt.items():
+        (OUTPUT / name).write_text(json.dumps(json.loads((OUTPUT / name).read_text()) | more))
     (OUTPUT / "recipe.yaml").write_text("\n".join(texts))
     (OUTPUT / "rows.jsonl").write_text("".join(json.dumps({"done": text}) + "\n" for text in texts))
     return runpage.write(RunFolder(OUTPUT))

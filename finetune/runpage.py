@@ -20,8 +20,8 @@ _TIMES = 20
 """How often a report is written at most while a run is under way; its metrics are read whole each time."""
 _SECTIONS = (
     ("Result", runresult.result),
-    ("Answers, base and adapter", runresult.answers),
     ("Training", runsections.training),
+    ("Answers, base and adapter", runresult.answers),
     ("Data", runsections.data),
     ("Plan and measurement", runsections.plan),
     ("Notes", runsections.notes),

@@ -11,6 +11,8 @@ from finetune.runstory import Story, listed, number, part
 from finetune.terminal import clean, size
 
 _ANSWERS, _TEXT = 8, 700
+_BETWEEN = 6
+_DRAWN = 11
 
 
 def figures(story: Story) -> str:
@@ -60,7 +62,7 @@ def result(story: Story) -> str:
         for source, value in sorted(part(values, "loss_by_source").items())[:50]:
             rows.append([f'<span class="quiet">{words(source, 80)}</span>', "", "", f"{number(value) or 0:.4f}", ""])
     heads = ("judged", "exact match", "95 % interval", "loss", "rows")
-    picture = f"<figure>{bars('exact match', drawn[-12:], 1.0)}</figure>" if drawn else ""
+    picture = f"<figure>{bars('exact match', [*drawn[:1], *drawn[1:][-_DRAWN:]], 1.0)}</figure>" if drawn else ""
     return f"{picture}{table(heads, rows, numbers=4)}"
 
 
@@ -99,7 +101,14 @@ def _answer(one: dict[str, str], asked: Any, first: str, last: str) -> str:
         for who, text, kind in cells
     )
     where = f'<p class="where">{words(one.get("row", ""), 120)}</p>'
-    return f'<article>{where}{question}<dl class="sides">{shown}</dl></article>'
+    return f'<article>{where}{question}<dl class="sides">{shown}</dl>{_between(one, first, last)}</article>'
+
+
+def _between(one: dict[str, str], first: str, last: str) -> str:
+    """The answers of the evaluations in between, folded away."""
+    names = [name for name in one if name.startswith("step ") and name not in (first, last)][-_BETWEEN:]
+    rows = "".join(f"<div><dt>{words(name, 60)}</dt><dd>{_passage(one[name])}</dd></div>" for name in names)
+    return f'<details><summary>in between</summary><dl class="facts">{rows}</dl></details>' if rows else ""
 
 
 def _mark(kind: str) -> str:

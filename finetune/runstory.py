@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +234,8 @@ def state(story: Story, *, training: bool) -> str:
         return ""
     stands = f"step {story.step:,} of {story.total:,}" if story.total else f"step {story.step:,}"
     others = [str(name) for name in listed(story.identity, "together")]
-    command = "the same `finetune train` command" if others else f"`finetune train {story.folder}/recipe.yaml`"
+    recipe = shlex.quote(f"{story.folder}/recipe.yaml")
+    command = "the same `finetune train` command" if others else f"`finetune train {recipe}`"
     begins = f"goes on after step {story.checkpoint:,}" if story.checkpoint else "begins it again: no step is saved yet"
     whose = f" with {', '.join(others)}" if others else ""
     if training:

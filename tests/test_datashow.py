@@ -91,13 +91,20 @@ def browser() -> str | None:
 
 
 def opened(page: Path) -> str:
-    """The document that Chromium makes of a page, after everything in it that could run has had its time."""
+    """The document that Chromium makes of a page, after everything in it that could run has had its time.
+
+    Nothing may be said on its console, and nothing but the page may have been asked for.
+    """
+    log = page.resolve().parent / "requests.json"
     command = [
         str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom",
-        f"--user-data-dir={page.resolve().parent / 'profile'}", page.resolve().as_uri(),
+        f"--user-data-dir={log.parent / 'profile'}", "--enable-logging=stderr", f"--log-net-log={log}",
+        page.resolve().as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
+    assert ":CONSOLE" not in done.stderr
+    assert "example.org" not in log.read_text(errors="replace")
     return done.stdout
 
 

@@ -152,7 +152,7 @@ def _axes(plot: Plot, frame: _Frame) -> str:
     marks = [value for value in ticks(*frame.x, most=4) if value == int(value)]
     for value in marks:
         parts.append(_text(frame.across(value), HEIGHT - 11, "tick middle", f"{value:,.0f}"))
-    parts.append(_text(WIDTH - _RIGHT + 8, HEIGHT - 11, "tick", plot.x_name))
+    parts.append(_text(WIDTH - _RIGHT + 20, HEIGHT - 11, "tick", plot.x_name))
     return "".join(parts)
 
 
@@ -181,12 +181,15 @@ def _line(plot: Plot, frame: _Frame, one: Series) -> str:
 
 
 def _labels(labels: list[tuple[float, str, str]]) -> str:
-    """At the right, each at its line, moved apart where they would touch."""
-    parts, last = [], -math.inf
-    for y, kind, words in sorted(labels):
-        last = max(y, last + _LABEL_GAP)
-        parts.append(_text(WIDTH - _RIGHT + 8, last + 3.5, kind, words))
-    return "".join(parts)
+    """At the right, each at its line, moved apart where they would touch and kept above the axis."""
+    places: list[float] = []
+    for y, _, _ in sorted(labels):
+        places.append(max(y, places[-1] + _LABEL_GAP) if places else y)
+    low = max(0.0, places[-1] - (HEIGHT - _BOTTOM))
+    return "".join(
+        _text(WIDTH - _RIGHT + 8, place - low + 3.5, kind, words)
+        for place, (_, kind, words) in zip(places, sorted(labels), strict=True)
+    )
 
 
 def _hover(plot: Plot, frame: _Frame, series: Sequence[Series]) -> str:
@@ -251,7 +254,7 @@ def columns(title: str, bins: Sequence[tuple[float, float, float]], unit: str) -
     if not bins:
         return '<p class="none">nothing was recorded</p>'
     frame = _Frame((bins[0][0], bins[-1][1] + 1), (0.0, max(count for _, _, count in bins) or 1.0))
-    parts = [_text(WIDTH - _RIGHT + 8, HEIGHT - 11, "tick", unit)]
+    parts = [_text(WIDTH - _RIGHT + 20, HEIGHT - 11, "tick", unit)]
     for value in ticks(*frame.y):
         y = frame.down(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

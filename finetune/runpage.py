@@ -70,7 +70,7 @@ circle.main, rect.main { fill: var(--accent) } circle.second { fill: var(--secon
 table { border-collapse: collapse; font-size: .9rem; min-width: 60% }
 th { color: var(--quiet); font-weight: 400; text-align: left; white-space: nowrap }
 th, td { border-bottom: 1px solid var(--rule); padding: .35rem 1.6rem .35rem 0; vertical-align: top }
-.num { text-align: right }
+.num { text-align: right; white-space: nowrap }
 article { border-top: 1px solid var(--rule); padding: .9rem 0; break-inside: avoid }
 .where { color: var(--quiet); font-size: .8rem; margin: 0 }
 .asked { white-space: pre-wrap; margin: .1rem 0 .5rem; font-size: .95rem }
@@ -89,7 +89,8 @@ details[open] summary { margin-bottom: .8rem }
 ul { margin: 0; padding-left: 1.1rem } li { margin: .2rem 0; max-width: 44rem; overflow-wrap: anywhere }
 footer { color: var(--quiet); font-size: .85rem; margin-top: 3rem }
 @media (max-width: 40rem) { body { padding: 1.6rem 1rem 3rem } .sides { grid-template-columns: 1fr }
-  .facts div { grid-template-columns: 1fr; gap: 0 } .figures { gap: 1rem 2rem } .figures dd { font-size: 1.35rem } }
+  th, td { padding-right: .9rem } .facts div { grid-template-columns: 1fr; gap: 0 }
+  .figures { gap: 1rem 2rem } .figures dd { font-size: 1.35rem } }
 @media print { body { padding: 0; font-size: 11pt } section { break-inside: auto } h2, h3 { break-after: avoid }
   .hover { display: none } }
 """

@@ -53,7 +53,8 @@ def result(story: Story) -> str:
         interval = [number(one) for one in listed(values, "confidence_interval")]
         span = (interval[0], interval[1]) if len(interval) == 2 and None not in interval else None
         if exact is not None:
-            drawn.append(Bar(label=clean(name, 16), value=exact, words=_percent(exact), interval=span))  # type: ignore[arg-type]
+            shown = {"label": clean(name, 16), "words": _percent(exact), "kind": "soft"}
+            drawn.append(Bar(value=exact, interval=span, **shown))  # type: ignore[arg-type]
         rows.append([
             words(name, 60), f"{exact:.3f}" if exact is not None else "–",
             f"{span[0]:.3f} – {span[1]:.3f}" if span else "–", f"{loss:.4f}" if loss is not None else "–",

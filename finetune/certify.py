@@ -18,6 +18,7 @@ from finetune import (
     manifest,
     model,
     proof,
+    runpage,
     scores,
     unfinished,
     whole,
@@ -235,6 +236,7 @@ def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, term
 
     judged = evaluate.judge(policy, held_out, given.run.how(), progress=show)
     stored = scores.record(given.run.folder, "merged", judged, held_out)
+    runpage.keep(given.run.folder, terminal)
     for line in scores.table(stored):
         terminal.say(line)
     after = stored.get("after", {}).get("exact_match")

@@ -119,6 +119,15 @@ def chat(run: RunPath) -> None:
 
 
 @app.command()
+def report(run: RunPath) -> None:
+    """(Re)write a run's report.html from the files in its folder, and print where it is. Needs no torch."""
+    from finetune import runpage
+
+    for path in runpage.rewrite(run):
+        typer.echo(path)
+
+
+@app.command()
 def dashboard(
     runs: Annotated[Path, typer.Argument(help="the folder that holds the runs")] = Path("runs"),
     port: Annotated[int, typer.Option("--port", help="0 takes the first free one", min=0, max=65535)] = 0,

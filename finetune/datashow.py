@@ -106,7 +106,7 @@ def lines(one: Shown, *, colour: bool) -> Iterator[str]:
     text = ""
     before = ""
     for piece in one.pieces:
-        words = _visible(piece.text)
+        words = visible(piece.text)
         if colour:
             text += "\n".join(f"\x1b[{_STYLES[piece.kind]}m{part}\x1b[0m" if part else "" for part in words.split("\n"))
             continue
@@ -119,13 +119,20 @@ def lines(one: Shown, *, colour: bool) -> Iterator[str]:
     yield from (text + ("⟧" if before in ("trained", "end") else "")).split("\n")
 
 
-def _visible(text: str) -> str:
-    """Text with its white space made visible; what could steer a terminal is taken out."""
+def visible(text: str) -> str:
+    """Text with its white space made visible; what could steer a terminal or turn a line round is taken out."""
     parts = text.translate(_VISIBLE).split("\n")
     return "\n".join(clean(part, 100_000) for part in parts)
 
 
 OPENING = b"<!doctype html>"
+LIGHT = """\
+.trained { background: #d8f5dc }
+.end { background: #2a8f3c; color: #fff }
+.frame { color: #0b6a8a }
+.read { color: #777 }"""
+DARK = ".trained { background: #1d4a27 } .frame { color: #6cc7e6 } .read { color: #999 }"
+"""What a token's part in the loss looks like; also in a run's report."""
 _PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -141,13 +148,10 @@ pre {{ font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 pre {{ border: 1px solid #ddd; padding: .8rem }}
 span {{ border-bottom: 1px solid #eee }}
 .batch {{ border-top: 3px double #888; margin-top: 2rem; padding-top: .3rem; font-weight: 600 }}
-.trained {{ background: #d8f5dc }}
-.end {{ background: #2a8f3c; color: #fff }}
-.frame {{ color: #0b6a8a }}
-.read {{ color: #777 }}
+{light}
 @media (prefers-color-scheme: dark) {{
 body {{ color: #ddd; background: #16181a }} pre {{ border-color: #444 }} span {{ border-color: #333 }}
-.trained {{ background: #1d4a27 }} .frame {{ color: #6cc7e6 }} .read {{ color: #999 }}
+{dark}
 }}
 </style>
 <h1>{title}</h1>
@@ -161,19 +165,25 @@ body {{ color: #ddd; background: #16181a }} pre {{ border-color: #444 }} span {{
 
 def page(title: str, rows: Sequence[Shown]) -> str:
     """One self-contained HTML page. Sample text is somebody else's: it is escaped, and the page may load nothing."""
-    return _PAGE.format(title=_safe(title), body="\n".join(_section(one) for one in rows))
+    body = "\n".join(_section(one) for one in rows)
+    return _PAGE.format(title=safe(title), body=body, light=LIGHT, dark=DARK)
 
 
 def _section(one: Shown) -> str:
-    heading = f'<p class="batch">{_safe(one.heading)}</p>\n' if one.heading else ""
-    spans = "".join(_span(piece) for piece in one.pieces)
-    return f"{heading}<h2>{_safe(one.summary())}</h2>\n<pre>{spans}</pre>"
+    heading = f'<p class="batch">{safe(one.heading)}</p>\n' if one.heading else ""
+    return f"{heading}<h2>{safe(one.summary())}</h2>\n{block(one.pieces)}"
+
+
+def block(pieces: Sequence[Piece]) -> str:
+    """The tokens of a sample, each a span that shows what it is."""
+    return f"<pre>{''.join(_span(piece) for piece in pieces)}</pre>"
 
 
 def _span(piece: Piece) -> str:
-    what = f"{' '.join(map(str, piece.ids))} · {piece.turn} · weight {piece.weight:g}"
-    return f'<span class="{piece.kind}" title="{_safe(what)}">{_safe(_visible(piece.text))}</span>'
+    what = " · ".join(filter(None, (" ".join(map(str, piece.ids)), piece.turn, f"weight {piece.weight:g}")))
+    return f'<span class="{piece.kind}" title="{safe(what)}">{safe(visible(piece.text))}</span>'
 
 
-def _safe(text: Any) -> str:
+def safe(text: Any) -> str:
+    """Text for an element or a quoted attribute."""
     return html.escape(str(text), quote=True)

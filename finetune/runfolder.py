@@ -62,6 +62,14 @@ class RunFolder:
         return self.root / "samples.jsonl"
 
     @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -242,7 +250,7 @@ def read_json(path: Path) -> Any:
     """The file's value, or None where it is absent or damaged (the caller then makes it anew)."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

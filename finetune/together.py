@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, devices, hardware, lockstep, metrics, model, shared_base
+from finetune import checkpoint, datasample, devices, hardware, lockstep, metrics, model, runpage, shared_base
 from finetune import train as training
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
@@ -29,6 +29,7 @@ from finetune.objectives import sft
 from finetune.prepare import Prepared
 from finetune.run import Known, Run
 from finetune.runfolder import RunFolder, remove, sync_file
+from finetune.runpage import Pages
 from finetune.terminal import Progress, Terminal, size
 
 _ALONE = "go on with each alone: --set adapters=NAME"
@@ -66,6 +67,7 @@ class Seated:
     optimizer: torch.optim.Optimizer
     scaler: Any
     log: StepLog
+    pages: Pages
 
     @property
     def run(self) -> Run:
@@ -110,6 +112,7 @@ def _train(runs: Sequence[Run], terminal: Terminal, root: Path, extend: bool) ->
         students = [_student(run) for run in runs]
         if all(student.finished for student in students):
             terminal.say(f"these runs are finished: nothing to do in {root}")
+            _report(runs, terminal)
             return
         start = _common_step(students, root)
         for run in runs:
@@ -121,6 +124,12 @@ def _train(runs: Sequence[Run], terminal: Terminal, root: Path, extend: bool) ->
             _steps(students, start, session, stop)
         finally:
             session.finish()
+            _report(runs, terminal)
+
+
+def _report(runs: Sequence[Run], terminal: Terminal) -> None:
+    for run in runs:
+        runpage.keep(run.folder, terminal)
 
 
 def _student(run: Run) -> Student:
@@ -184,7 +193,9 @@ def _seat(student: Student, base: Policy, start: int, session: Session) -> Seate
     training.resume(run, policy, optimizer, scaler, saved)
     named = replace(session, prefix=f"{student.name}/")
     log = StepLog(run.folder.metrics, named, Terminal(quiet=True), student.total, own)
-    return Seated(student=student, policy=policy, optimizer=optimizer, scaler=scaler, log=log)
+    datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
+    pages = Pages(run.folder, run.terminal, student.total, own)
+    return Seated(student=student, policy=policy, optimizer=optimizer, scaler=scaler, log=log, pages=pages)
 
 
 def _follow(seated: Sequence[Seated], events: Iterator[dict[str, StepDone]], start: int, stop: StopRequest) -> None:
@@ -214,6 +225,8 @@ def _follow(seated: Sequence[Seated], events: Iterator[dict[str, StepDone]], sta
                 asked = not training.judged(seat.run, seat.policy, stop, f"step {step}")
                 if asked and not due:
                     _save(here, step)
+            if not asked and (due or seat.run.judges_at(step, seat.student.total)):
+                seat.pages.at(step)
         if asked:
             raise stop.interrupted(_kept(seated, step, total))
 

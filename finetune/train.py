@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, devices, fallback, manifest, metrics, model
+from finetune import checkpoint, datasample, devices, fallback, manifest, metrics, model, runpage
 from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
@@ -36,6 +36,7 @@ from finetune.runfolder import (
     write_atomic,
     write_json,
 )
+from finetune.runpage import Pages
 from finetune.terminal import Progress, Terminal
 
 
@@ -64,6 +65,7 @@ def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
         course = run.course()
         if is_finished(run, course):
             terminal.say(f"this run is finished ({len(course.steps)} steps): nothing to do in {run.folder.root}")
+            runpage.keep(run.folder, terminal)  # it may have been killed before its last page
             return run.folder
         describe(run)
         config = dict(run.identity.recipe)
@@ -74,6 +76,7 @@ def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
             _steps(run, course, session, stop)
         finally:
             session.finish()
+            runpage.keep(run.folder, terminal)
     return run.folder
 
 
@@ -101,6 +104,8 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     optimizer, scaler = optimizer_of(run, policy)
     start = resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
+    datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
+    pages = Pages(run.folder, terminal, total, start)
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
     if start and run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
         run.judge(policy, f"step {start}")
@@ -119,6 +124,8 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
                 asked = not judged(run, policy, stop, f"step {done}")
                 if asked and not due:
                     _save(run, policy, optimizer, scaler, done)
+            if not asked and (due or run.judges_at(done, total)):
+                pages.at(done)
             if asked:
                 raise stop.interrupted(f"step {done} of {total} is saved in {run.folder.root}")
     write_adapter(run, policy)

@@ -90,21 +90,33 @@ def browser() -> str | None:
     )
 
 
-@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine: the page was not opened in a browser")
-def test_in_a_browser_nothing_runs(work: Path) -> None:
-    page = hostile_page(work)
+def opened(page: Path) -> str:
+    """The document that Chromium makes of a page, after everything in it that could run has had its time.
+
+    Nothing may be said on its console, and nothing but the page may have been asked for.
+    """
+    log = page.resolve().parent / "requests.json"
     command = [
-        str(browser()), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={work / 'profile'}",
-        "--virtual-time-budget=2000", "--dump-dom", page.as_uri(),
+        str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom",
+        f"--user-data-dir={log.parent / 'profile'}", "--enable-logging=stderr", f"--log-net-log={log}",
+        page.resolve().as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert ":CONSOLE" not in done.stderr
+    assert "example.org" not in log.read_text(errors="replace")
+    return done.stdout
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine: the page was not opened in a browser")
+def test_in_a_browser_nothing_runs(work: Path) -> None:
+    dom = opened(hostile_page(work))
+    title = re.search(r"<title>(.*?)</title>", dom)
     assert title is not None
     assert html.unescape(title[1]) == "a <b>title</b>"
-    assert "<script" not in done.stdout
-    assert "<img" not in done.stdout
-    assert len(re.findall(r"<h2>", done.stdout)) == 200
+    assert "<script" not in dom
+    assert "<img" not in dom
+    assert len(re.findall(r"<h2>", dom)) == 200
 
 
 def test_the_command_writes_the_page(work: Path) -> None:

@@ -18,7 +18,8 @@ ROAD = [
     "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "together", "train", "probe",
-    "fallback", "run", "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",
+    "fallback", "run", "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
+    "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
     "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
@@ -27,7 +28,7 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "schedule",
+    "plot", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "schedule",
     "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest", "runfolder",
     "conflicts", "tiny_base", "errors",
 ]  # fmt: skip

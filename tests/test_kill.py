@@ -88,6 +88,7 @@ def marked(log: Sequence[Op]) -> list[tuple[Mode, int]]:
     points += [(Mode.TORN, last_of(log, WRITES, place)) for place in ("identity.json", "finished.json")]
     points += [(Mode.TORN, last_of(log, WRITES, f"step-{n:08d}", "manifest.json")) for n in (4, 12)]
     points += [(Mode.TORN, last_of(log, WRITES, "metrics.jsonl")), (Mode.TORN, last_of(log, WRITES, "optimizer"))]
+    points += [(Mode.TORN, last_of(log, WRITES, "report.html"))]
     return [*points, (Mode.KILL_BEFORE, last_of(log, {"unlinkat"}, "step-00000004"))]
 
 
@@ -117,6 +118,8 @@ def test_the_disk_refuses(rig: Rig, log: tuple[Op, ...]) -> None:
     points += [(Mode.SHORT_WRITE, last_of(log, WRITES, "step-00000012", "optimizer"))]
     points += [(Mode.EIO, last_of(log, {"fsync"}, "step-00000012", "manifest.json"))]
     points += [(Mode.EIO, last_of(log, RENAMES, "identity.json")), (Mode.EIO, last_of(log, WRITES, "metrics.jsonl"))]
+    points += [(mode, last_of(log, WRITES, "report.html")) for mode in (Mode.ENOSPC, Mode.EIO)]
+    points += [(Mode.EIO, last_of(log, RENAMES, "report.html") + 1), (Mode.EIO, last_of(log, RENAMES, "report.html"))]
     assert rig.sweep(refused_at, [At("packing", *point) for point in points]).faults == []
 
 

@@ -24,7 +24,7 @@ def test_a_run_leaves_what_the_next_verbs_need(finished: Path) -> None:
     names = {path.name for path in OUTPUT.iterdir()} - {".lock"}
     assert names == {
         "recipe.yaml", "plan.json", "identity.json", "metrics.jsonl", "scores.json", "samples.jsonl", "checkpoints",
-        "adapter", "finished.json",
+        "adapter", "finished.json", "data.json", "report.html",
     }  # fmt: skip
     assert [line["step"] for line in runs.metrics()] == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (OUTPUT / "checkpoints").iterdir()) == [folder_name(4), folder_name(6)]
@@ -187,7 +187,7 @@ def test_a_held_folder_is_refused(work: Path) -> None:
     assert train().code == 0
 
 
-def _signal_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+def signal_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
     """SIGTERM to this process at the start of the call-th call of ``owner.name``."""
     real, calls = getattr(owner, name), iter(range(1, 10_000))
 
@@ -216,7 +216,7 @@ def test_sigterm_leaves_a_run_that_goes_on(
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        _signal_at(patch, owner, name, call)
+        signal_at(patch, owner, name, call)
         said = train()
     assert said.code == 6
     assert len(said.err.splitlines()) == 1
@@ -295,7 +295,7 @@ def test_what_auto_became_is_kept(work: Path, monkeypatch: pytest.MonkeyPatch) -
     auto = "train.micro_batch_tokens=auto"
     assert train(auto, "output=runs/whole").code == 0
     with monkeypatch.context() as patch:
-        _signal_at(patch, loop.torch.nn.utils, "clip_grad_norm_", 2)
+        signal_at(patch, loop.torch.nn.utils, "clip_grad_norm_", 2)
         assert train(auto).code == 6
     real = hardware.detect()
     ample = json.loads(Path("runs/whole/plan.json").read_text())

@@ -54,10 +54,10 @@ def apart(one: Path, two: Path) -> float:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a run left, without times and without what tells of today's memory."""
+    """What a run left, without times (the report has them too) and without what tells of today's memory."""
     found: dict[str, Any] = {
         name: digest for name, (digest, _) in runs.snapshot(folder).items()
-        if Path(name).name not in ("metrics.jsonl", "plan.json", ".lock")
+        if Path(name).name not in ("metrics.jsonl", "plan.json", "report.html", ".lock")
     }  # fmt: skip
     return found | {f"curve of {name}": runs.curve(folder / name) for name in NAMES}
 

@@ -59,6 +59,8 @@ def _after_refusal(run: Path, outcome: Outcome, n: int) -> str:
         # What could not be deleted has a temporary name, which the next command clears. A folder that is there already
         # is asked for again, and whether that fails is all the same.
         return ""
+    if outcome.exit_code == 0 and _of_report(outcome.log, n):
+        return "" if "report.html was not written: " in outcome.stdout else "not said: the report was not written"
     lines = outcome.stderr.splitlines()
     if outcome.exit_code != 5 or len(lines) != 1 or not lines[0].startswith("environment: "):
         return f"it ended with {outcome.exit_code}: {outcome.stderr[-300:]}"
@@ -69,6 +71,12 @@ def _after_refusal(run: Path, outcome: Outcome, n: int) -> str:
         return f"lost {', '.join(sorted(lost))}"
     left = [str(path.relative_to(run)) for path in run.rglob("*.tmp-*")]
     return f"left {', '.join(left)}" if left and outcome.log[n - 1].name not in DELETIONS else ""
+
+
+def _of_report(log: Sequence[Op], n: int) -> bool:
+    """Whether operation ``n`` writes the report, or flushes its name: what fails there is said and stops nothing."""
+    op, before = log[n - 1], log[n - 2]
+    return "report.html" in op.path or (op.name == "fsync" and before.name in RENAMES and "report.html" in before.path)
 
 
 def _committed(log: Sequence[Op], checkpoints: Path) -> set[str]:

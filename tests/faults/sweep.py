@@ -26,8 +26,8 @@ from tests.faults import ROOT, Fault, Mode, Op, Outcome, Trials
 TRAIN = "tests.faults.jobs:train"
 SAVE_EVERY, STEPS = 4, 12
 _TIMES = ("seconds", "waited", "tokens_per_second", "memory")
-_UNLIKE = {"plan.json", ".lock"}
-"""Files that may differ between two equal runs: the plan tells today's free memory."""
+_UNLIKE = {"plan.json", ".lock", "report.html"}
+"""Files that may differ between two equal runs: the plan tells today's free memory, the report how long steps took."""
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "packing": {},  # three rows a step, two to a micro-batch: accumulation in every step; epoch 2 from step 9 on

@@ -164,7 +164,11 @@ def check_loss(case: Case, steps: int, compute: str, huge_pages: bool) -> dict[s
     if truth:
         exact = truth["same_weights"]
         own, theirs = (_mean_difference(one, exact) for one in (ours["losses"], reference["same_weights"]))
-        found |= {"from_fp32": own, "reference_from_fp32": theirs, "fp32": exact, "holds": own <= theirs + bound}
+        # A random base's loss is ten to twenty times a real one's, and so is what 16 bits leave of it.
+        pairs = zip(ours["losses"], reference["same_weights"], strict=True)
+        near = all(abs(one - other) <= bound * max(1.0, other) for one, other in pairs)
+        found |= {"from_fp32": own, "reference_from_fp32": theirs, "fp32": exact}
+        found["holds"] = near or own <= theirs + bound
     return found
 
 

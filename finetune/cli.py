@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from finetune import __version__, datacli, hardware, shipcli
+from finetune import __version__, datacli, hardware, runcli, shipcli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
 from finetune.options import Overrides, RecipePath, RunPath, check_recipe, silent
 from finetune.terminal import Terminal, clean
@@ -106,7 +106,7 @@ def eval_(run: RunPath) -> None:
     pipeline.evaluate_run(run, Terminal())
 
 
-for _verb in shipcli.VERBS:
+for _verb in (*shipcli.VERBS, *runcli.VERBS):
     app.command()(_verb)
 
 

@@ -125,7 +125,6 @@ def _visible(text: str) -> str:
     return "\n".join(clean(part, 100_000) for part in parts)
 
 
-OPENING = b"<!doctype html>"
 _PAGE = """\
 <!doctype html>
 <html lang="en">

@@ -18,7 +18,7 @@ from finetune.joint_plan import JointPlan
 from finetune.plan import Plan
 from finetune.prepare import Prepared
 from finetune.report import joint_lines, plan_lines
-from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
+from finetune.runfolder import RunFolder, read_json, write_json, write_page
 from finetune.terminal import Progress, Terminal, duration
 
 _SHOWN_ROWS = 8
@@ -131,9 +131,7 @@ def data_show(
 
     shown = look.step(recipe, overrides, step) if step else look.rows(recipe, overrides, row, _SHOWN_ROWS)
     if html is not None:
-        if html.exists() and not (html.is_file() and html.read_bytes()[:15] == datashow.OPENING):
-            raise EnvironmentFault("something else is there already", str(html), "give another --html")
-        write_atomic(html, datashow.page(str(recipe), shown).encode())
+        write_page(html, datashow.page(str(recipe), shown))
         terminal.say(f"written: {html}")
         return
     for one in shown:

@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
-ENTRANCE = ["cli", "datacli", "shipcli", "options", "pipeline", "chat"]
+ENTRANCE = ["cli", "datacli", "shipcli", "runcli", "options", "pipeline", "chat"]
 ROAD = [
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
-    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "together", "train", "probe",
+    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "comparepage", "compare",
+    "runview", "together", "train", "probe",
     "fallback", "run", "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
@@ -26,7 +27,7 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "schedule",
+    "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "bootstrap", "schedule",
     "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest", "runfolder", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]

@@ -87,12 +87,15 @@ def train(
     recipe: RecipePath,
     set_: Overrides = None,
     extend: Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")] = False,
+    until: Annotated[
+        int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
+    ] = None,
 ) -> None:
     """Run a recipe, or go on with it where it was interrupted."""
     check_recipe(recipe, set_)
     from finetune import pipeline
 
-    pipeline.train(recipe, set_ or (), Terminal(), extend=extend)
+    pipeline.train(recipe, set_ or (), Terminal(), extend=extend, until=until)
 
 
 app.add_typer(datacli.app, name="data")

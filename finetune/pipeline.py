@@ -13,7 +13,8 @@ from typing import Any
 
 from finetune import prepare, scores, source
 from finetune.dataset import Reader, Source
-from finetune.errors import EnvironmentFault
+from finetune.errors import EnvironmentFault, RecipeError
+from finetune.grid import Combination
 from finetune.joint_plan import JointPlan
 from finetune.plan import Plan
 from finetune.prepare import Prepared
@@ -55,8 +56,13 @@ def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[st
     return prepared.plan.to_dict() | {"probe": found.to_dict()}
 
 
-def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False) -> list[RunFolder]:
-    """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand."""
+def train(
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False, until: int | None = None
+) -> list[RunFolder]:
+    """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand.
+
+    ``until``: pause a single run after that step.
+    """
     show = _reading(terminal, "reading")
     prepared = prepare.prepare_all(recipe, overrides, progress=show)
     if prepared[0].base is None:
@@ -67,16 +73,35 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
     from finetune import train as training
 
     if len(prepared) == 1:
-        folders = [training.train(prepared[0], terminal, extend=extend)]
+        folders = [training.train(prepared[0], terminal, extend=extend, until=until)]
     else:
+        if until is not None:
+            raise RecipeError("several adapters are trained to their ends", "--until", "leave it out")
         folders = together.train(prepared, terminal, extend=extend)
     for folder in folders:
         if len(folders) > 1:
             terminal.say(f"adapter {folder.root.name}")
         for line in scores.table(scores.read(folder)):
             terminal.say(line)
+        if not folder.finished.exists():  # paused, as asked
+            continue
         terminal.say(f"adapter: {folder.adapter}   curves: {folder.metrics}   answers: {folder.samples}")
     return folders
+
+
+def sweep(
+    recipe: Path, root: Path, grid: Sequence[Combination], terminal: Terminal, *, budget: float | None,
+    halving: bool, dry: bool, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Plan every combination of a grid and, unless ``dry``, train and compare them. ``quiet``: runs print to stderr."""
+    from finetune import sweep as sweeping
+
+    planned = sweeping.plan(recipe, root, grid, terminal, budget=budget, halve=halving, fetch=not dry)
+    for line in planned.lines():
+        terminal.say(line)
+    if dry:
+        return {"seconds": planned.predicted, "runs": [entry.to_dict() for entry in planned.entries]}
+    return sweeping.run(planned, terminal, quiet=quiet)
 
 
 def data_check(

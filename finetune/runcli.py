@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
-from finetune.options import silent
+from finetune.errors import Fault, FinetuneError
+from finetune.options import Overrides, RecipePath, silent
 from finetune.terminal import Terminal
+
+_GO_ON = "see its message above; the same command tries it again"
 
 
 def compare(
@@ -33,4 +36,36 @@ def compare(
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
 
 
-VERBS = (compare,)
+def sweep(
+    recipe: RecipePath,
+    grid: Annotated[
+        list[str], typer.Option("--grid", help="a key and its values; give it again for another", metavar="KEY=V,V")
+    ],
+    set_: Overrides = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="time for this command (2h, 90m): runs beyond it are cut by name")
+    ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="train all for a share of the steps, and only the better half goes on")
+    ] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="plan all and say what they cost; train nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON; the runs print to stderr")] = False,
+) -> None:
+    """Train every combination of a grid, one after the other, and compare them; the same command goes on."""
+    from finetune import grid as grids
+
+    limit = None if budget is None else grids.seconds(budget)
+    if budget is not None and limit is None:
+        raise typer.BadParameter("write 2h, 90m or 1h30m", param_hint="--budget")
+    root, combinations = grids.combinations(recipe, grid, set_ or ())
+    from finetune import pipeline
+
+    terminal = silent() if as_json else Terminal()
+    found = pipeline.sweep(recipe, root, combinations, terminal, budget=limit, halving=halving, dry=dry, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+    if faults := [Fault(run["state"], run["folder"], _GO_ON) for run in found["runs"] if run.get("failed")]:
+        raise FinetuneError.of(faults)
+
+
+VERBS = (compare, sweep)

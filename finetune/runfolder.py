@@ -261,7 +261,7 @@ def read_json(path: Path) -> Any:
     """The file's value, or None where it is absent or damaged (the caller then makes it anew)."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -29,7 +29,9 @@ def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> d
         asked = [{"row": one.where, "content": one.content, "expected": one.answer} for one in held_out.questions]
         _beside(folder.samples, name, judged.answers, asked)
     if judged.losses:
-        judged_on = [{"row": one.where, "content": _ids(one), "weight": sum(one.weights)} for one in held_out.examples]
+        judged_on = [
+            {"row": one.where, "content": content(one), "weight": sum(one.weights)} for one in held_out.examples
+        ]
         _beside(folder.losses, name, judged.losses, judged_on)
     scores = read(folder)
     scores[name] = judged.scores
@@ -47,7 +49,7 @@ def _beside(path: Path, name: str, values: Sequence[Any], rows: list[dict[str, A
     write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows).encode())
 
 
-def _ids(example: Example) -> str:
+def content(example: Example) -> str:
     """A digest of what a loss is of: losses of other tokens, or of the same with other weights, are not comparable."""
     return blake2b(json.dumps([example.ids, example.weights]).encode(), digest_size=16).hexdigest()
 

@@ -16,9 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRANCE = ["cli", "datacli", "shipcli", "runcli", "options", "pipeline", "chat"]
 ROAD = [
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
-    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "comparepage", "compare",
-    "runview", "together", "train", "probe",
-    "fallback", "run", "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",
+    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "grid", "comparepage",
+    "compare", "runview", "together", "train", "probe", "fallback", "run",
+    "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
     "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
@@ -27,8 +27,9 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "bootstrap", "schedule",
-    "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest", "runfolder", "errors",
+    "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "halving", "bootstrap",
+    "schedule", "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest", "runfolder",
+    "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 

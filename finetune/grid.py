@@ -19,8 +19,8 @@ from finetune.errors import Fault, RecipeError
 
 MOST = 256
 """Combinations of one sweep: each is a run."""
-_LONGEST = 100
-"""Characters of a folder's name; file systems take 255 bytes."""
+_LONGEST = 96
+"""Characters of a folder's name, as a recipe's `output:` has it."""
 _OWN = {"output": "each run has a folder of its own below it", "adapters": "it would be a sweep of several runs each"}
 _BUDGET = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
@@ -117,7 +117,8 @@ def _short(key: str, axes: Sequence[tuple[str, list[str]]]) -> str:
 
 
 def _plain(value: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+_-]+", "-", value).strip("-") or "none"
+    """1e+4 is 1e4; what a folder cannot be called becomes a hyphen."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", value.replace("+", "")).strip("-") or "none"
 
 
 def _distinct(found: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
@@ -126,7 +127,7 @@ def _distinct(found: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple
     made = []
     for name, own in found:
         if len(name) > _LONGEST or seen[name.lower()] > 1:
-            name = f"{name[: _LONGEST - 9]}~{blake2b(json.dumps(own).encode(), digest_size=4).hexdigest()}"
+            name = f"{name[: _LONGEST - 9]}_{blake2b(json.dumps(own).encode(), digest_size=4).hexdigest()}"
         made.append((name, own))
     return made
 

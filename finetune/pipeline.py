@@ -95,8 +95,9 @@ def sweep(
 ) -> dict[str, Any]:  # fmt: skip
     """Plan every combination of a grid and, unless ``dry``, train and compare them. ``quiet``: runs print to stderr."""
     from finetune import sweep as sweeping
+    from finetune import sweepplan
 
-    planned = sweeping.plan(recipe, root, grid, terminal, budget=budget, halve=halving, fetch=not dry)
+    planned = sweepplan.plan(recipe, root, grid, terminal, budget=budget, halve=halving, fetch=not dry)
     for line in planned.lines():
         terminal.say(line)
     if dry:

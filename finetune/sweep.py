@@ -1,4 +1,4 @@
-"""A grid of runs: all planned first, then trained one after the other, then compared.
+"""A grid of runs, trained one after the other and then compared.
 
 Each run is an ordinary run folder, trained by ``finetune train`` in a process of its own, so that memory is clean and
 a run that fails takes no other along. The same command goes on where it was interrupted.
@@ -12,171 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from finetune import compare, comparepage, halving, hardware, identity, manifest, metrics, prepare, scores, source
-from finetune import recipe as recipes
-from finetune.errors import EnvironmentFault, Fault, FinetuneError, Interrupted, RecipeError
-from finetune.grid import Combination
+from finetune import compare, comparepage, halving, scores
+from finetune.errors import Interrupted
 from finetune.interrupts import stop_requests
-from finetune.plan import Plan
-from finetune.prepare import Prepared
-from finetune.runfolder import RunFolder, read_json, write_json, write_page
-from finetune.terminal import Terminal, duration, size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One run of a sweep. ``left``: seconds that it is predicted to need yet; ``state``: how it ended, or did not."""
-
-    name: str
-    folder: RunFolder
-    overrides: tuple[str, ...]
-    plan: Plan
-    steps: int
-    left: float | None
-    finished: bool
-    failed: bool = False
-    state: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "folder": str(self.folder.root), "steps": self.steps, "state": self.state,
-            "failed": self.failed, "finished": self.finished,
-            "memory": self.plan.budget.total, "seconds": self.plan.seconds, "seconds_left": self.left,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What is to be done: all runs, and how. ``budget`` in seconds, of this command."""
-
-    recipe: Path
-    root: Path
-    entries: list[Entry] = field(default_factory=list)
-    budget: float | None = None
-    halving: bool = False
-
-    @property
-    def predicted(self) -> float | None:
-        """Seconds that all runs need yet; with halving at most."""
-        if any(entry.left is None for entry in self.entries):
-            return None
-        left = [entry.left or 0.0 for entry in self.entries]
-        return halving.at_most(left) if self.halving else math.fsum(left)
-
-    def lines(self) -> list[str]:
-        wide = max(len(entry.name) for entry in self.entries)
-        said = [f"{len(self.entries)} runs below {self.root}", f"{'run':<{wide}}{'steps':>8}{'memory':>12}{'time':>12}"]
-        for entry in self.entries:
-            left = "unknown" if entry.left is None else "finished" if entry.finished else duration(entry.left)
-            memory = size(entry.plan.budget.total)
-            said.append(
-                f"{entry.name:<{wide}}{entry.steps:>8}{memory:>12}{left:>12}{entry.state and f'  {entry.state}'}"
-            )
-        total = "unknown" if self.predicted is None else f"about {duration(self.predicted)}"
-        most = "at most " if self.halving and self.predicted is not None else ""
-        budget = "" if self.budget is None else f", the budget is {duration(self.budget)}"
-        return [*said, f"time: {most}{total} in all (predicted){budget}"]
-
-
-def plan(
-    recipe: Path,
-    root: Path,
-    grid: Sequence[Combination],
-    terminal: Terminal,
-    *,
-    budget: float | None,
-    halve: bool,
-    fetch: bool,
-) -> Sweep:
-    """Check every combination with everything it names, and what all cost. ``fetch`` a base that is not here.
-
-    Raises:
-        FinetuneError: what is wrong with any of them, each with its name; nothing has been written.
-    """
-    if RunFolder(root).identity.exists():
-        raise EnvironmentFault(
-            "a run of its own stands in this folder", str(root), "--set output=ANOTHER for the sweep"
-        )
-    prepared = _prepared(recipe, grid)
-    if fetch and prepared[0].base is None:
-        source.bring(prepared[0].recipe.model, prepared[0].recipe.revision, terminal)
-        prepared = _prepared(recipe, grid)
-    entries = [_entry(one, found) for one, found in zip(grid, prepared, strict=True)]
-    if halve:
-        _refuse_unranked(prepared, recipe)
-    made = Sweep(recipe=recipe, root=root, entries=entries, budget=budget, halving=halve)
-    return made if budget is None else _within(made, budget)
-
-
-def _prepared(recipe: Path, grid: Sequence[Combination]) -> list[Prepared]:
-    machine = hardware.detect()
-    found: list[Prepared] = []
-    errors: list[tuple[str, FinetuneError]] = []
-    for one in grid:
-        try:
-            found.append(prepare.prepare(recipe, one.overrides, machine=machine))
-        except FinetuneError as error:
-            errors.append((one.name, error))
-    if errors:
-        kind = type(errors[0][1])
-        same = [(name, fault) for name, error in errors if type(error) is kind for fault in error.faults]
-        raise kind.of([Fault(f"{fault.what} ({name})", fault.where, fault.fix) for name, fault in same])
-    return found
-
-
-def _entry(one: Combination, prepared: Prepared) -> Entry:
-    """Where a run stands: what it has lived already is not to be paid again."""
-    folder, made = RunFolder(one.output), prepared.plan
-    steps = made.steps or 0
-    stored = identity.read(folder.identity)
-    same = stored is not None and stored.recipe == dict(recipes.flatten(prepared.recipe))
-    done = read_json(folder.finished)
-    finished = same and isinstance(done, dict) and done.get("steps") == steps and not manifest.faults(folder.adapter)
-    lived = min(1.0, metrics.last_step(folder.metrics) / steps) if steps and same else 0.0
-    left = 0.0 if finished else None if made.seconds is None else made.seconds * (1 - lived)
-    return Entry(
-        name=one.name, folder=folder, overrides=one.overrides, plan=made, steps=steps, left=left, finished=finished
-    )
-
-
-def _refuse_unranked(prepared: Sequence[Prepared], recipe: Path) -> None:
-    """Halving ranks by held-out loss: all must have one, of the same rows with the same tokens."""
-    if any(one.held_out is None or "loss" not in one.recipe.evaluate.metrics for one in prepared):
-        what = "--halving keeps the runs of the lower held-out loss, and there is none"
-        raise RecipeError(what, str(recipe), "set data.eval_path or data.eval_fraction, and evaluate.metrics: [loss]")
-    if len({tuple(map(scores.content, one.held_out.examples)) for one in prepared if one.held_out}) > 1:
-        what = "--halving compares losses, and this grid changes the rows or tokens that they are of"
-        raise RecipeError(what, str(recipe), "sweep those keys without --halving")
-
-
-def _within(sweep: Sweep, budget: float) -> Sweep:
-    """The runs that the budget pays for, in their order; the others are cut by name.
-
-    Raises:
-        EnvironmentFault: it pays for none, or what is to be halved exceeds it: then all runs are in the comparison.
-    """
-    if sweep.predicted is None:
-        raise EnvironmentFault("the time of these runs cannot be predicted here", "--budget", "leave it out")
-    if sweep.predicted <= budget:
-        return sweep
-    needs = f"all runs need about {duration(sweep.predicted)}, the budget is {duration(budget)}"
-    if sweep.halving:
-        raise EnvironmentFault(needs, "--budget", "name fewer values: --halving cannot leave runs out")
-    spent, kept = 0.0, []
-    for entry in sweep.entries:
-        fits = spent + (entry.left or 0.0) <= budget
-        spent += (entry.left or 0.0) if fits else 0.0
-        kept.append(entry if fits else replace(entry, state=_CUT))
-    if all(entry.state == _CUT for entry in kept):
-        raise EnvironmentFault(needs, "--budget", "it pays for none of them: raise it, or lower train.steps")
-    return replace(sweep, entries=kept)
-
-
-_CUT = "left out: beyond the budget"
+from finetune.runfolder import RunFolder, write_json, write_page
+from finetune.sweepplan import CUT, Entry, Sweep
+from finetune.terminal import Terminal
 
 
 def run(sweep: Sweep, terminal: Terminal, *, quiet: bool = False) -> dict[str, Any]:
@@ -211,10 +55,7 @@ class _Trainer:
         for rung in range(last + 1):
             reached = [self._to(entry, halving.step(entry.steps, rung, last)) for entry in alive]
             out += [entry for entry in reached if entry.failed]
-            ranked = sorted(
-                (entry for entry in reached if not entry.failed),
-                key=lambda entry, rung=rung: _loss_at(entry, halving.step(entry.steps, rung, last)),
-            )
+            ranked = _ranked(reached, rung, last)
             keep = len(ranked) if rung == last else halving.better_half(len(ranked))
             out += [
                 entry if entry.finished else replace(entry, state=f"halved out {entry.state}")
@@ -229,10 +70,10 @@ class _Trainer:
         whole = step >= entry.steps
         if entry.finished:
             return replace(entry, state="finished")
-        if not whole and _loss(entry, step) is not None:
+        if not whole and entry.begun and _loss(entry, step) is not None:
             return replace(entry, state=f"at step {step}")
         if self.end is not None and not self.sweep.halving and time.monotonic() + (entry.left or 0.0) > self.end:
-            return replace(entry, state=_CUT)
+            return replace(entry, state=CUT)
         self.terminal.say(f"── {entry.name}{'' if whole else f', to step {step} of {entry.steps}'} ──")
         code = self._child(entry, [] if whole else ["--until", str(step)])
         if code == Interrupted.exit_code:
@@ -241,7 +82,7 @@ class _Trainer:
             return replace(entry, failed=True, state=f"failed with exit code {code}")
         if not whole and _loss(entry, step) is None:
             return replace(entry, failed=True, state=f"failed: it has no held-out loss of step {step}")
-        return replace(entry, finished=whole, state="finished" if whole else f"at step {step}")
+        return replace(entry, begun=True, finished=whole, state="finished" if whole else f"at step {step}")
 
     def _child(self, entry: Entry, options: Sequence[str]) -> int:
         """``finetune train`` of one run; a request to stop is passed on, so that it saves where it stands."""
@@ -270,11 +111,15 @@ def _loss(entry: Entry, step: int) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _loss_at(entry: Entry, step: int) -> float:
-    """What a rung ranks by; a run that was finished before, without a pause there, by its end."""
-    found = _loss(entry, step)
-    found = _loss(entry, entry.steps) if found is None else found
-    return math.inf if found is None else found
+def _ranked(entries: Sequence[Entry], rung: int, last: int) -> list[Entry]:
+    """The better first, by the held-out loss at a rung; a run that was finished before, without a pause, by its end."""
+
+    def loss(entry: Entry) -> float:
+        found = _loss(entry, halving.step(entry.steps, rung, last))
+        found = _loss(entry, entry.steps) if found is None else found
+        return math.inf if found is None else found
+
+    return sorted((entry for entry in entries if not entry.failed), key=loss)
 
 
 def _compared(sweep: Sweep, entries: Sequence[Entry], terminal: Terminal) -> dict[str, Any]:

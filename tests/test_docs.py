@@ -98,7 +98,7 @@ def test_tests_mirror_the_package() -> None:
         "messages": "formats/test_chat", "rowcheck": "test_conversation", "datacli": "test_datacheck",
         "card": "test_release", "shipcli": "test_cli", "export": "test_release", "upload": "test_push",
         "llamaruntime": "test_prove", "terms": "test_release", "signature": "test_verify",
-        "options": "test_cli", "runcli": "test_compare", "joint_plan": "test_together",
+        "options": "test_cli", "runcli": "test_compare", "sweepplan": "test_sweep", "joint_plan": "test_together",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

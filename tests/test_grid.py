@@ -32,9 +32,9 @@ def refused(*words: str, overrides: tuple[str, ...] = ()) -> list[str]:
 
 def test_every_combination_in_the_grids_order() -> None:
     root, found = grid.combinations(
-        Path("r.yaml"), ["adapter.r=8,16", "train.learning_rate=1e-4,2e-4"], ["output=runs/a b: c"]
+        Path("r.yaml"), ["adapter.r=8,16", "train.learning_rate=1e-4,2e-4"], ["output=runs/ab"]
     )
-    assert root == Path("runs/a b: c")
+    assert root == Path("runs/ab")
     assert [one.name for one in found] == [
         "r=8,learning_rate=1e-4", "r=8,learning_rate=2e-4", "r=16,learning_rate=1e-4", "r=16,learning_rate=2e-4",
     ]  # fmt: skip
@@ -54,9 +54,11 @@ def test_commas_inside_brackets_and_quotes_belong_to_the_value() -> None:
 def test_names_are_told_apart_and_short() -> None:
     found = made("adapter.target_modules=[q_proj],[q_proj ]")
     assert len({one.name for one in found}) == 2
-    assert all(one.name.startswith("target_modules=q_proj~") for one in found)
-    long = "[" + ",".join(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 3) + "]"
-    assert all(len(one.name) <= 100 for one in made(f"adapter.target_modules={long},all-linear"))
+    assert all(one.name.startswith("target_modules=q_proj_") for one in found)
+    found = made("adapter.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj],all-linear",
+                 f"train.learning_rate=0.001{'0' * 60}1,0.001{'0' * 60}2")  # fmt: skip
+    assert len({one.name for one in found}) == 4
+    assert max(len(one.name) for one in found) == 96
 
 
 def test_no_value_leads_out_of_the_sweeps_folder() -> None:
@@ -72,7 +74,7 @@ def test_all_faults_of_all_combinations_come_together() -> None:
     assert len(faults) == 3
     assert sum("train.stps" in fault and "(in" not in fault for fault in faults) == 1
     assert any("adapter.r" in fault and "(in r=many,learning_rate=1e-4 and 1 more)" in fault for fault in faults)
-    assert any("learning_rate" in fault and "(in r=8,learning_rate=-1 and 1 more)" in fault for fault in faults)
+    assert any("learning_rate" in fault and "learning_rate=-1" in fault for fault in faults)
 
 
 @pytest.mark.parametrize(

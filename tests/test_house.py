@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRANCE = ["cli", "datacli", "shipcli", "runcli", "options", "pipeline", "chat"]
 ROAD = [
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
-    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "grid", "comparepage",
-    "compare", "runview", "together", "train", "probe", "fallback", "run",
+    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
+    "comparepage", "compare", "runview", "together", "train", "probe", "fallback", "run",
     "look", "prepare", "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",

@@ -51,10 +51,11 @@ def combinations(path: Path, words: Sequence[str], overrides: Sequence[str]) -> 
         found.append((name, tuple(f"{key}={value}" for (key, _), value in zip(axes, values, strict=True))))
     found = _distinct(found)
     root = _check(path, found, overrides)
+    others = [text for text in overrides if text.partition("=")[0] != "output"]
     return root, [
         Combination(
             name=name, output=root / name,
-            overrides=(*overrides, *own, f"output={json.dumps(str(root / name), ensure_ascii=False)}"),
+            overrides=(*others, *own, f"output={json.dumps(str(root / name), ensure_ascii=False)}"),
         )
         for name, own in found
     ]  # fmt: skip
@@ -117,8 +118,8 @@ def _short(key: str, axes: Sequence[tuple[str, list[str]]]) -> str:
 
 
 def _plain(value: str) -> str:
-    """1e+4 is 1e4; what a folder cannot be called becomes a hyphen."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", value.replace("+", "")).strip("-") or "none"
+    """1e+4 is 1e4, and lists lose their brackets; what else a folder cannot be called becomes a hyphen."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"[][{}\"' +]", "", value)) or "none"
 
 
 def _distinct(found: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:

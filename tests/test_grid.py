@@ -38,7 +38,7 @@ def test_every_combination_in_the_grids_order() -> None:
     assert [one.name for one in found] == [
         "r=8,learning_rate=1e-4", "r=8,learning_rate=2e-4", "r=16,learning_rate=1e-4", "r=16,learning_rate=2e-4",
     ]  # fmt: skip
-    read = [recipe.load(Path("r.yaml"), [*one.overrides[1:]]) for one in found]
+    read = [recipe.load(Path("r.yaml"), one.overrides) for one in found]
     assert [(one.adapter.fields["r"], one.train.learning_rate) for one in read] == [
         (8, 1e-4), (8, 2e-4), (16, 1e-4), (16, 2e-4),
     ]  # fmt: skip
@@ -56,13 +56,14 @@ def test_names_are_told_apart_and_short() -> None:
     assert len({one.name for one in found}) == 2
     assert all(one.name.startswith("target_modules=q_proj_") for one in found)
     found = made("adapter.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj],all-linear",
-                 f"train.learning_rate=0.001{'0' * 60}1,0.001{'0' * 60}2")  # fmt: skip
+                 f"train.learning_rate=0.001{'0' * 17}1,0.001{'0' * 17}2")  # fmt: skip
     assert len({one.name for one in found}) == 4
     assert max(len(one.name) for one in found) == 96
 
 
 def test_no_value_leads_out_of_the_sweeps_folder() -> None:
-    for value in ("../../x", "..", "/etc", "a\x1b[2J", "\u202e"):
+    assert grid._plain("-1") != grid._plain("1")
+    for value in ("../../x", "..", "/etc", "-1", "a\x1b[2J", "\u202e"):
         name = grid._plain(value)
         assert name.isascii()
         assert "/" not in name

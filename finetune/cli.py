@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from finetune import __version__, datacli, hardware, shipcli, startcli
+from finetune import __version__, datacli, hardware, runcli, shipcli, startcli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
 from finetune.options import Overrides, RecipePath, RunPath, check_recipe, silent
 from finetune.terminal import Terminal, clean
@@ -87,12 +87,15 @@ def train(
     recipe: RecipePath,
     set_: Overrides = None,
     extend: Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")] = False,
+    until: Annotated[
+        int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
+    ] = None,
 ) -> None:
     """Run a recipe, or go on with it where it was interrupted."""
     check_recipe(recipe, set_)
     from finetune import pipeline
 
-    pipeline.train(recipe, set_ or (), Terminal(), extend=extend)
+    pipeline.train(recipe, set_ or (), Terminal(), extend=extend, until=until)
 
 
 app.add_typer(datacli.app, name="data")
@@ -106,7 +109,7 @@ def eval_(run: RunPath) -> None:
     pipeline.evaluate_run(run, Terminal())
 
 
-for _verb in (*startcli.VERBS, *shipcli.VERBS):
+for _verb in (*startcli.VERBS, *shipcli.VERBS, *runcli.VERBS):
     app.command()(_verb)
 
 
@@ -149,9 +152,10 @@ def schema_() -> None:
 @app.command(hidden=True)
 def summary(run: RunPath, began: float) -> None:
     """The closing lines of ``make quickstart``; ``began`` is a Unix time."""
-    from finetune import pipeline
+    from finetune import report
 
-    pipeline.summary(run, time.time() - began, Terminal())
+    for line in report.summary_lines(run, time.time() - began):
+        Terminal().say(line)
 
 
 def main_in_process(arguments: Sequence[str]) -> int:

@@ -39,11 +39,15 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A held-out row as it is asked: the prompt's ids, and the answer that is right."""
+    """A held-out row as it is asked: the prompt's ids, and the answer that is right.
+
+    ``content``: a digest of what the row says. Where it is equal two runs were asked the same, of whatever tokenizer.
+    """
 
     prompt: tuple[int, ...]
     answer: str
     where: str
+    content: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +233,12 @@ def folded(found: Conversation) -> bytes:
     """A digest of what a row says, white space and case aside. → 8 bytes"""
     text = "\1".join(f"{turn.role}\0{' '.join(turn.says().split()).casefold()}" for turn in found.every_turn())
     return blake2b(f"{text}{found.described()}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def content(found: Conversation) -> str:
+    """A digest of what a row says, to the character: the same row is known again in another file."""
+    text = "\1".join(f"{turn.role}\0{turn.says()}" for turn in found.turns) + found.described()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 Progress = Callable[[str, int, float], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune.evals import exact_match, loss
@@ -38,10 +38,11 @@ class How:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Numbers by name, and each question's answer where answers were generated."""
+    """Numbers by name; behind them each question's answer, and each sample's summed loss, where they were asked for."""
 
     scores: dict[str, Any]
     answers: list[str]
+    losses: list[float] = field(default_factory=list)
 
 
 def judge(
@@ -50,15 +51,17 @@ def judge(
     """Evaluate the policy, or with ``adapter=False`` its bare base. ``progress`` gets (what, done, of)."""
     scores: dict[str, Any] = {"rows": held_out.rows}
     answers: list[str] = []
+    losses: list[float] = []
     with policy.evaluating(adapter=adapter):
         if "loss" in how.metrics:
             tick = _counter("loss", len(held_out.examples), progress)
-            scores |= loss.measure(policy, held_out.examples, how.micro_batch_tokens, tick)
+            losses = loss.losses(policy, held_out.examples, how.micro_batch_tokens, tick)
+            scores |= loss.score(held_out.examples, losses)
         if "exact_match" in how.metrics:
             tick = _counter("answers", len(held_out.questions), progress)
             answers = exact_match.answers(policy, held_out.questions, how.max_new_tokens, how.batch_rows, tick)
             scores |= exact_match.score(held_out.questions, answers)
-    return Judged(scores=scores, answers=answers)
+    return Judged(scores=scores, answers=answers, losses=losses)
 
 
 def _counter(what: str, of: int, progress: Callable[[str, int, int], None]) -> Callable[[int], None]:

@@ -85,7 +85,10 @@ def gather(recipe: Recipe, renderer: Renderer, progress: dataset.Progress = data
     exact = "exact_match" in recipe.evaluate.metrics
     held_out = (
         HeldOut(
-            examples=judged.examples, questions=tuple(renderer.question(row) for row in judged.rows) if exact else (),
+            examples=judged.examples,
+            questions=tuple(
+                replace(renderer.question(row), content=dataset.content(row.conversation)) for row in judged.rows
+            ) if exact else (),
         )
         if rows
         else None

@@ -13,12 +13,13 @@ from typing import Any
 
 from finetune import prepare, scores, source
 from finetune.dataset import Reader, Source
-from finetune.errors import EnvironmentFault
+from finetune.errors import EnvironmentFault, RecipeError
+from finetune.grid import Combination
 from finetune.joint_plan import JointPlan
 from finetune.plan import Plan
 from finetune.prepare import Prepared
 from finetune.report import joint_lines, plan_lines
-from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
+from finetune.runfolder import RunFolder, write_json, write_page
 from finetune.terminal import Progress, Terminal, duration
 
 _SHOWN_ROWS = 8
@@ -81,8 +82,13 @@ def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[st
     return prepared.plan.to_dict() | {"probe": found.to_dict()}
 
 
-def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False) -> list[RunFolder]:
-    """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand."""
+def train(
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False, until: int | None = None
+) -> list[RunFolder]:
+    """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand.
+
+    ``until``: pause a single run after that step.
+    """
     show = _reading(terminal, "reading")
     prepared = prepare.prepare_all(recipe, overrides, progress=show)
     if prepared[0].base is None:
@@ -93,16 +99,36 @@ def train(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend:
     from finetune import train as training
 
     if len(prepared) == 1:
-        folders = [training.train(prepared[0], terminal, extend=extend)]
+        folders = [training.train(prepared[0], terminal, extend=extend, until=until)]
     else:
+        if until is not None:
+            raise RecipeError("several adapters are trained to their ends", "--until", "leave it out")
         folders = together.train(prepared, terminal, extend=extend)
     for folder in folders:
         if len(folders) > 1:
             terminal.say(f"adapter {folder.root.name}")
         for line in scores.table(scores.read(folder)):
             terminal.say(line)
+        if not folder.finished.exists():  # paused, as asked
+            continue
         terminal.say(f"adapter: {folder.adapter}   curves: {folder.metrics}   answers: {folder.samples}")
     return folders
+
+
+def sweep(
+    recipe: Path, root: Path, grid: Sequence[Combination], terminal: Terminal, *, budget: float | None,
+    halving: bool, dry: bool, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Plan every combination of a grid and, unless ``dry``, train and compare them. ``quiet``: runs print to stderr."""
+    from finetune import sweep as sweeping
+    from finetune import sweepplan
+
+    planned = sweepplan.plan(recipe, root, grid, terminal, budget=budget, halve=halving, fetch=not dry)
+    for line in planned.lines():
+        terminal.say(line)
+    if dry:
+        return {"seconds": planned.predicted, "runs": [entry.to_dict() for entry in planned.entries]}
+    return sweeping.run(planned, terminal, quiet=quiet)
 
 
 def data_check(
@@ -157,9 +183,7 @@ def data_show(
 
     shown = look.step(recipe, overrides, step) if step else look.rows(recipe, overrides, row, _SHOWN_ROWS)
     if html is not None:
-        if html.exists() and not (html.is_file() and html.read_bytes()[:15] == datashow.OPENING):
-            raise EnvironmentFault("something else is there already", str(html), "give another --html")
-        write_atomic(html, datashow.page(str(recipe), shown).encode())
+        write_page(html, datashow.page(str(recipe), shown))
         terminal.say(f"written: {html}")
         return
     for one in shown:
@@ -271,23 +295,3 @@ def dashboard(runs: Path, port: int, terminal: Terminal) -> None:
     from finetune import dashboard as viewer
 
     viewer.show(runs, port, terminal)
-
-
-def summary(folder: Path, seconds: float, terminal: Terminal) -> None:
-    """What happened, where things lie, and what to type next."""
-    files = RunFolder(folder)
-    stored = scores.read(files)
-    note = read_json(folder / "merged" / "finetune.json") or {}
-    terminal.say()
-    terminal.say(f"done in {duration(seconds)}: trained, judged, merged and proven")
-    for line in scores.table(stored):
-        terminal.say(line)
-    if "proof" in note:
-        mean, bound = note["proof"]["mean_kl"], note["proof"]["bound"]
-        terminal.say(f"merged against live: mean KL {mean:.1e} nats (at most {bound:.0e})")
-    places = {"adapter": files.adapter, "merged": folder / "merged", "curves": files.metrics, "answers": files.samples}
-    for name, path in places.items():
-        terminal.say(f"{name:<12}{path}")
-    terminal.say("next:")
-    for command in (f"chat {folder}", f"dashboard {folder.parent}", "plan recipes/qwen2.5-14b-qlora-24gb.yaml"):
-        terminal.say(f"  .venv/bin/finetune {command}")

@@ -69,16 +69,17 @@ class Prepared:
 
 def prepare(
     path: Path, overrides: Sequence[str] = (), *, training: bool = True, card: float | None = None,
-    progress: dataset.Progress = dataset.silent,
+    machine: Hardware | None = None, progress: dataset.Progress = dataset.silent,
 ) -> Prepared:  # fmt: skip
     """Check a recipe with everything it names; and, where it is to be trained, that memory and disk are large enough.
 
-    ``card``: GB of a CUDA card to plan for, instead of this machine. ``progress`` is told of rows read.
+    ``card``: GB of a CUDA card to plan for, instead of this machine; ``machine``: this one, where it was looked at
+    before. ``progress`` is told of rows read.
 
     Raises:
         RecipeError, DataError, ModelError, EnvironmentFault: what is wrong; nothing has been written.
     """
-    machine = hardware.imagined(card) if card else hardware.detect()
+    machine = hardware.imagined(card) if card else machine or hardware.detect()
     return _prepared(recipe.locate(path, overrides), machine, training, card, progress)
 
 

@@ -1,9 +1,13 @@
-"""A plan as text: what will be trained, at what cost, what was chosen and what was not checked."""
+"""A plan as text: what will be trained, at what cost, what was chosen and what was not checked; and how it ended."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from finetune import scores
 from finetune.joint_plan import JointPlan
 from finetune.plan import Plan
+from finetune.runfolder import RunFolder, read_json
 from finetune.terminal import amount, duration, size
 
 
@@ -94,3 +98,16 @@ def _course(plan: Plan) -> list[str]:
         f"time       {time}",
         f"writes     {plan.output}: checkpoints and adapter, up to {size(plan.output_bytes)}",
     ]
+
+
+def summary_lines(folder: Path, seconds: float) -> list[str]:
+    """What happened, where things lie, and what to type next."""
+    files, note = RunFolder(folder), read_json(folder / "merged" / "finetune.json") or {}
+    lines = ["", f"done in {duration(seconds)}: trained, judged, merged and proven", *scores.table(scores.read(files))]
+    if "proof" in note:
+        mean, bound = note["proof"]["mean_kl"], note["proof"]["bound"]
+        lines.append(f"merged against live: mean KL {mean:.1e} nats (at most {bound:.0e})")
+    places = {"adapter": files.adapter, "merged": folder / "merged", "curves": files.metrics, "answers": files.samples}
+    lines += [f"{name:<12}{path}" for name, path in places.items()]
+    following = (f"chat {folder}", f"dashboard {folder.parent}", "plan recipes/qwen2.5-14b-qlora-24gb.yaml")
+    return [*lines, "next:", *(f"  .venv/bin/finetune {command}" for command in following)]

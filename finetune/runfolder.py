@@ -70,6 +70,10 @@ class RunFolder:
         return self.root / "report.html"
 
     @property
+    def losses(self) -> Path:
+        return self.root / "losses.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -97,11 +101,8 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise EnvironmentFault(
-                "another finetune process is working in this folder",
-                str(self.root),
-                "wait for it or stop it, or give the recipe another `output:`",
-            ) from None
+            what, fix = "another finetune process is working in this folder", "wait for it or stop it"
+            raise EnvironmentFault(what, str(self.root), f"{fix}, or give the recipe another `output:`") from None
         except OSError as error:
             raise disk_fault(error, self.root) from error
         try:
@@ -240,6 +241,21 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_bytes(value))
+
+
+PAGE = "<!doctype html>"
+"""How a page of ours begins."""
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write an HTML page where the user wants it; nothing but an older page is replaced.
+
+    Raises:
+        EnvironmentFault: something else is there.
+    """
+    if path.exists() and not (path.is_file() and path.read_bytes()[: len(PAGE)] == PAGE.encode()):
+        raise EnvironmentFault("something else is there already", str(path), "give another --html")
+    write_atomic(path, page.encode())
 
 
 def json_bytes(value: Any) -> bytes:

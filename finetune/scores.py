@@ -1,13 +1,19 @@
-"""scores.json and samples.jsonl of a run: numbers under a name (before, after, merged), and each row's answers."""
+"""scores.json, samples.jsonl and losses.jsonl of a run: numbers under a name (before, after, merged), and each row's
+answers and losses.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
+    from finetune.dataset import Example
     from finetune.evaluate import HeldOut, Judged
 
 
@@ -18,23 +24,34 @@ def read(folder: RunFolder) -> dict[str, Any]:
 
 
 def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> dict[str, Any]:
-    """Store one judgement; answers first, so that scores never stand without them. Returns all scores."""
+    """Store one judgement; what is behind it first, so that scores never stand without that. Returns all scores."""
     if judged.answers:
-        _answers(folder, name, judged.answers, held_out)
+        asked = [{"row": one.where, "content": one.content, "expected": one.answer} for one in held_out.questions]
+        _beside(folder.samples, name, judged.answers, asked)
+    if judged.losses:
+        judged_on = [
+            {"row": one.where, "content": content(one), "weight": sum(one.weights)} for one in held_out.examples
+        ]
+        _beside(folder.losses, name, judged.losses, judged_on)
     scores = read(folder)
     scores[name] = judged.scores
     write_json(folder.scores, scores)
     return scores
 
 
-def _answers(folder: RunFolder, name: str, answers: list[str], held_out: HeldOut) -> None:
-    rows = [{"row": question.where, "expected": question.answer} for question in held_out.questions]
-    if folder.samples.is_file():
-        stored = [json.loads(line) for line in folder.samples.read_text(encoding="utf-8").splitlines()]
+def _beside(path: Path, name: str, values: Sequence[Any], rows: list[dict[str, Any]]) -> None:
+    """Each row's value under ``name``, beside what the file has of the same rows."""
+    if path.is_file():
+        stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rows = stored if [entry["row"] for entry in stored] == [entry["row"] for entry in rows] else rows
-    for entry, answer in zip(rows, answers, strict=True):
-        entry[name] = answer
-    write_atomic(folder.samples, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows).encode())
+    for entry, value in zip(rows, values, strict=True):
+        entry[name] = value
+    write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows).encode())
+
+
+def content(example: Example) -> str:
+    """A digest of what a loss is of: losses of other tokens, or of the same with other weights, are not comparable."""
+    return blake2b(json.dumps([example.ids, example.weights]).encode(), digest_size=16).hexdigest()
 
 
 def _by_source(values: dict[str, Any]) -> list[tuple[str, float]]:

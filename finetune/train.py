@@ -40,8 +40,8 @@ from finetune.runpage import Pages
 from finetune.terminal import Progress, Terminal
 
 
-def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> RunFolder:
-    """Run a prepared recipe to its end, from wherever its folder stands.
+def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False, until: int | None = None) -> RunFolder:
+    """Run a prepared recipe to its end, from wherever its folder stands; ``until``: only to that step of it.
 
     Raises:
         Interrupted: stopped on request; a durable checkpoint is on the disk.
@@ -51,14 +51,14 @@ def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False) -> Ru
     run.folder.refuse_foreign()
     fresh = not run.folder.root.exists()
     try:
-        return _train(run, terminal, extend)
+        return _train(run, terminal, extend, until)
     except ModelError:
         if fresh and not run.folder.checkpoints.exists():  # a base that does not load leaves nothing behind
             remove(run.folder.root)
         raise
 
 
-def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
+def _train(run: Run, terminal: Terminal, extend: bool, until: int | None) -> RunFolder:
     prepared = run.prepared
     with run.folder.lock(), stop_requests() as stop:
         run.settle(extend)
@@ -73,7 +73,7 @@ def _train(run: Run, terminal: Terminal, extend: bool) -> RunFolder:
             prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, prepared.plan.device
         )
         try:
-            _steps(run, course, session, stop)
+            _steps(run, course, session, stop, until)
         finally:
             session.finish()
             runpage.keep(run.folder, terminal)
@@ -95,8 +95,11 @@ def describe(run: Run) -> None:
         write_atomic(run.folder.named_rows, named.encode())
 
 
-def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> None:
-    """Load, resume, train to the end of the course, then write the adapter and judge it."""
+def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until: int | None) -> None:
+    """Load, resume, train to the end of the course, then write the adapter and judge it.
+
+    ``until``: judge at that step and pause there. The course stays the whole one, and its bits are an unbroken run's.
+    """
     terminal, chosen = run.terminal, run.prepared.plan
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
@@ -106,9 +109,13 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
     done, total = start, len(course.steps)
     datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
     pages = Pages(run.folder, terminal, total, start)
+    pause = until if until is not None and until < total else None
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
-    if start and run.judges_at(start, total):  # it may have been killed between this checkpoint and its scores
+    if start and (run.judges_at(start, total) or start == pause):  # killed between this checkpoint and its scores?
         run.judge(policy, f"step {start}")
+    if pause is not None and pause <= start:
+        terminal.say(f"this run stands at step {start} of {total}: nothing to do until step {pause}")
+        return
     events = fallback.steps(run, policy, course, optimizer, start, scaler)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
@@ -117,10 +124,10 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
             done = event.step
             log.step(event)
             asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
-            due = done % run.prepared.recipe.train.save_every == 0 or done == total
+            due = done % run.prepared.recipe.train.save_every == 0 or done in (total, pause)
             if due or asked:
                 _save(run, policy, optimizer, scaler, done)
-            if not asked and run.judges_at(done, total):
+            if not asked and (run.judges_at(done, total) or done == pause):
                 asked = not judged(run, policy, stop, f"step {done}")
                 if asked and not due:
                     _save(run, policy, optimizer, scaler, done)
@@ -128,6 +135,9 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest) -> Non
                 pages.at(done)
             if asked:
                 raise stop.interrupted(f"step {done} of {total} is saved in {run.folder.root}")
+            if done == pause:
+                terminal.say(f"paused after step {done} of {total}, as asked; without --until the command goes on")
+                return
     write_adapter(run, policy)
     run.judge(policy, "after")
     finish(run, done)

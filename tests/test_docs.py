@@ -102,6 +102,7 @@ def test_tests_mirror_the_package() -> None:
         "runsections": "test_runpage",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",
+        "runcli": "test_compare", "sweepplan": "test_sweep",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
-ENTRANCE = ["cli", "startcli", "datacli", "shipcli", "options", "pipeline", "chat"]
+ENTRANCE = ["cli", "startcli", "datacli", "shipcli", "runcli", "options", "pipeline", "chat"]
 ROAD = [
     "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
-    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "together", "train", "probe",
-    "fallback", "run", "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
+    "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
+    "comparepage", "compare", "runview", "together", "train", "probe", "fallback", "run", "runpage", "runresult",
+    "runsections", "runstory", "datasample", "look", "prepare",
     "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
@@ -28,9 +29,9 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "plot", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "schedule",
-    "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest", "runfolder",
-    "conflicts", "tiny_base", "errors",
+    "plot", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "halving",
+    "bootstrap", "schedule", "decoder", "rowcheck", "messages", "conversation", "signature", "verify", "manifest",
+    "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 from finetune import scores
-from finetune.dataset import Question
+from finetune.dataset import Example, Question
 from finetune.evaluate import HeldOut, Judged
 from finetune.runfolder import RunFolder
 
-HELD = HeldOut(examples=(), questions=tuple(Question(prompt=(1,), answer=f"a{n}", where=f"e:{n}") for n in range(2)))
+HELD = HeldOut(
+    examples=(),
+    questions=tuple(Question(prompt=(1,), answer=f"a{n}", where=f"e:{n}", content=f"c{n}") for n in range(2)),
+)
 
 
 def _judged(*answers: str) -> Judged:
@@ -24,8 +27,8 @@ def test_answers_stand_beside_each_other(tmp_path: Path) -> None:
     assert list(stored) == ["before", "after"]
     assert json.loads(folder.scores.read_text()) == stored
     assert [json.loads(line) for line in folder.samples.read_text().splitlines()] == [
-        {"row": "e:0", "expected": "a0", "before": "x", "after": "a0"},
-        {"row": "e:1", "expected": "a1", "before": "\u202ey", "after": "z"},
+        {"row": "e:0", "content": "c0", "expected": "a0", "before": "x", "after": "a0"},
+        {"row": "e:1", "content": "c1", "expected": "a1", "before": "\u202ey", "after": "z"},
     ]
     scores.record(folder, "loss", Judged(scores={"loss": 1.25, "rows": 2}, answers=[]), HELD)
     assert len(folder.samples.read_text().splitlines()) == 2
@@ -37,8 +40,23 @@ def test_answers_to_other_rows_are_not_mixed_in(tmp_path: Path) -> None:
     other = HeldOut(examples=(), questions=tuple(Question(prompt=(1,), answer="b", where=f"o:{n}") for n in range(2)))
     scores.record(folder, "after", _judged("p", "q"), other)
     assert [json.loads(line) for line in folder.samples.read_text().splitlines()] == [
-        {"row": "o:0", "expected": "b", "after": "p"}, {"row": "o:1", "expected": "b", "after": "q"},
+        {"row": f"o:{n}", "content": "", "expected": "b", "after": answer} for n, answer in enumerate("pq")
+    ]
+
+
+def test_the_loss_of_each_row_is_kept_with_what_it_is_of(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    samples = [Example(ids=(1, 2, last), weights=(0.0, weight, 1.0), where=f"e:{last}") for last, weight in
+               ((3, 1.0), (4, 1.0), (3, 0.5))]  # fmt: skip
+    held = HeldOut(examples=tuple(samples), questions=())
+    for name, losses in (("before", [3.0, 4.0, 5.0]), ("after", [1.0, 2.0, 0.5])):
+        scores.record(folder, name, Judged(scores={"loss": 1.0}, answers=[], losses=losses), held)
+    rows = [json.loads(line) for line in folder.losses.read_text().splitlines()]
+    assert [(row["row"], row["weight"], row["before"], row["after"]) for row in rows] == [
+        ("e:3", 2.0, 3.0, 1.0), ("e:4", 2.0, 4.0, 2.0), ("e:3", 1.5, 5.0, 0.5),
     ]  # fmt: skip
+    assert len({row["content"] for row in rows}) == 3
+    assert not folder.samples.exists()
 
 
 def test_the_table_shows_what_is_there() -> None:

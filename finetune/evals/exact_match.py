@@ -36,12 +36,13 @@ def answers(
 
 def score(questions: Sequence[Question], given: Sequence[str]) -> dict[str, Any]:
     """Share of exact answers with its 95 % confidence interval."""
-    right = sum(
-        question.answer.strip() == without_thinking(answer).strip()
-        for question, answer in zip(questions, given, strict=True)
-    )
+    right = sum(is_right(question.answer, answer) for question, answer in zip(questions, given, strict=True))
     low, high = wilson(right, len(questions))
     return {"exact_match": right / len(questions), "rows": len(questions), "confidence_interval": [low, high]}
+
+
+def is_right(expected: str, given: str) -> bool:
+    return expected.strip() == without_thinking(given).strip()
 
 
 def wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:

@@ -85,6 +85,16 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
+def row_losses(policy: Policy, batch: Batch) -> list[float]:
+    """Each sample's weighted loss, summed over its tokens. Without a graph."""
+    with torch.no_grad():
+        hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
+        found = cross_entropy.losses(hidden[batch.predictors], policy.head, batch.targets).double()
+        found = (found if batch.scales is None else found * batch.scales).cpu()
+        whose = torch.bucketize(batch.predictors.cpu(), torch.tensor(batch.bounds[1:]), right=True)
+        return torch.zeros(len(batch.rows), dtype=torch.float64).index_add_(0, whose, found).tolist()
+
+
 def loss(policy: Policy, batch: Batch) -> StepLoss:
     hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
     states = hidden[batch.predictors]

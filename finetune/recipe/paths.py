@@ -106,7 +106,7 @@ def _output(name: str) -> Iterator[Finding]:
         yield Finding(at, "must not contain ..", "write the path out")
     elif bad := next((part for part in _new(name, parts) if not _is_plain(part)), None):
         what = f"{shown(bad)} is not a usable folder name"
-        yield Finding(at, what, f"use letters, digits, '.', '_' and '-', at most {_PART_CHARACTERS} of them")
+        yield Finding(at, what, f"use letters, digits and any of ._-=, at most {_PART_CHARACTERS} of them")
     elif "" in parts or set(parts) == {"."}:
         yield Finding(at, f"{shown(name)} does not name a folder of its own", "write it like runs/name")
 
@@ -121,7 +121,7 @@ def _new(name: str, parts: list[str]) -> list[str]:
 
 
 def _is_plain(part: str) -> bool:
-    legal = all(one in "._-" or (one.isalnum() and (one.isascii() or one.isalpha())) for one in part)
+    legal = all(one in "._-=," or (one.isalnum() and (one.isascii() or one.isalpha())) for one in part)
     return legal and len(part) <= _PART_CHARACTERS and len(part.encode()) <= _PART_BYTES
 
 

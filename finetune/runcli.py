@@ -1,0 +1,71 @@
+"""The verbs over several runs: compare them, and sweep a grid of them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.errors import Fault, FinetuneError
+from finetune.options import Overrides, RecipePath, silent
+from finetune.terminal import Terminal
+
+_GO_ON = "see its message above; the same command tries it again"
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="print the comparison as JSON")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page too")] = None,
+) -> None:
+    """Say what differs between runs, how each went, and whether one is better than the first."""
+    from finetune import compare as comparing
+
+    found = comparing.compare(runs)
+    terminal = silent() if as_json else Terminal()
+    for line in comparing.lines(found):
+        terminal.say(line)
+    if html is not None:
+        from finetune import comparepage, runfolder
+
+        runfolder.write_page(html, comparepage.page(found))
+        terminal.say(f"written: {html}")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+
+
+def sweep(
+    recipe: RecipePath,
+    grid: Annotated[
+        list[str], typer.Option("--grid", help="a key and its values; give it again for another", metavar="KEY=V,V")
+    ],
+    set_: Overrides = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="time for this command (2h, 90m): runs beyond it are cut by name")
+    ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="train all for a share of the steps, and only the better half goes on")
+    ] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="plan all and say what they cost; train nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON; the runs print to stderr")] = False,
+) -> None:
+    """Train every combination of a grid, one after the other, and compare them; the same command goes on."""
+    from finetune import grid as grids
+
+    limit = None if budget is None else grids.seconds(budget)
+    if budget is not None and limit is None:
+        raise typer.BadParameter("write 2h, 90m or 1h30m", param_hint="--budget")
+    root, combinations = grids.combinations(recipe, grid, set_ or ())
+    from finetune import pipeline
+
+    terminal = silent() if as_json else Terminal()
+    found = pipeline.sweep(recipe, root, combinations, terminal, budget=limit, halving=halving, dry=dry, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+    if faults := [Fault(run["state"], run["folder"], _GO_ON) for run in found["runs"] if run.get("failed")]:
+        raise FinetuneError.of(faults)
+
+
+VERBS = (compare, sweep)

@@ -125,7 +125,6 @@ def visible(text: str) -> str:
     return "\n".join(clean(part, 100_000) for part in parts)
 
 
-OPENING = b"<!doctype html>"
 LIGHT = """\
 .trained { background: #d8f5dc }
 .end { background: #2a8f3c; color: #fff }

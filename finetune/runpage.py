@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune import datashow, runresult, runsections, runstory
 from finetune.datashow import safe
 from finetune.errors import EnvironmentFault, FinetuneError
-from finetune.runfolder import RunFolder, write_atomic
+from finetune.runfolder import PAGE, RunFolder, write_atomic
 from finetune.runstory import Story
 from finetune.terminal import Terminal, clean
 
@@ -107,7 +107,7 @@ def page(story: Story, *, training: bool = False) -> str:
     """The whole page. ``training``: a run that is not finished is under way, and was not interrupted."""
     state = runstory.state(story, training=training)
     parts = [
-        datashow.OPENING.decode(), '<html lang="en">', '<meta charset="utf-8">',
+        PAGE, '<html lang="en">', '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',

@@ -23,8 +23,8 @@ from tests.runs import OUTPUT, train
 def test_a_run_leaves_what_the_next_verbs_need(finished: Path) -> None:
     names = {path.name for path in OUTPUT.iterdir()} - {".lock"}
     assert names == {
-        "recipe.yaml", "plan.json", "identity.json", "metrics.jsonl", "scores.json", "samples.jsonl", "checkpoints",
-        "adapter", "finished.json", "data.json", "report.html",
+        "recipe.yaml", "plan.json", "identity.json", "metrics.jsonl", "scores.json", "samples.jsonl", "losses.jsonl",
+        "checkpoints", "adapter", "finished.json", "data.json", "report.html",
     }  # fmt: skip
     assert [line["step"] for line in runs.metrics()] == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (OUTPUT / "checkpoints").iterdir()) == [folder_name(4), folder_name(6)]
@@ -202,13 +202,13 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
 @pytest.mark.parametrize(
     ("owner", "name", "call", "saved"),
     [
-        (evaluate.loss, "measure", 1, None),  # judging "before"
+        (evaluate.loss, "losses", 1, None),  # judging "before"
         (evaluate.exact_match, "answers", 1, None),
         (loop.torch.nn.utils, "clip_grad_norm_", 1, 1),  # in the first step
         (loop.torch.nn.utils, "clip_grad_norm_", 3, 3),  # in the third, between two checkpoints
         (devices.Session, "log", 4, 4),
         (loop.torch.nn.utils, "clip_grad_norm_", 6, 6),  # in the last
-        (evaluate.loss, "measure", 2, 6),  # judging "after"
+        (evaluate.loss, "losses", 2, 6),  # judging "after"
     ],
 )
 def test_sigterm_leaves_a_run_that_goes_on(

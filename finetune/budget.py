@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from finetune import optimizer
 from finetune.decoder import LINEARS, DecoderShape
-from finetune.hardware import Hardware
+from finetune.hardware import CONTEXT, Hardware
 from finetune.kernels.causal_attention import ROWS
 from finetune.kernels.cross_entropy import chunk_rows
 from finetune.optimizer import Tensors
@@ -22,9 +22,8 @@ from finetune.schedule import Part
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 USABLE = 0.9
-_PROCESS = {"cuda": 0.9e9, "cpu": 0.46e9}
-"""Bytes of the process itself: Python, torch and its companions, loaded; CUDA context and its allocator's slack (not
-measured)."""
+_PROCESS = {"cuda": CONTEXT, "cpu": 0.46e9}
+"""Bytes of the process itself: Python, torch and its companions, loaded; on a card its context."""
 _TOKEN_ENTRY = 750
 """Bytes of the process for one entry of the tokenizer's vocabulary."""
 _COMPILED, _MANY_SHAPES = 0.2e9, 350

@@ -21,6 +21,8 @@ LIBRARIES = {
     "LRU_CACHE_CAPACITY": "128",
 }
 """Environment variables that torch's libraries read when they load; the command sets those that are not set."""
+CONTEXT = 0.9e9
+"""Bytes of a card that a process takes before it holds anything: context and allocator's slack (not measured)."""
 _MATRIX_FLAGS = ("avx512_bf16", "amx_bf16", "avx512f", "avx2")
 
 
@@ -103,11 +105,12 @@ def detect() -> Hardware:
 def imagined(gigabytes: float) -> Hardware:
     """A recent CUDA card with that much memory, for plans made on another machine. Its speed is not known."""
     size = int(gigabytes * 1e9)
+    free = max(0, size - int(CONTEXT))  # what a real card's driver would say once a process has begun on it
     return Hardware(
         device="cuda",
         name=f"a card with {gigabytes:g} GB",
         memory=size,
-        free_memory=size,
+        free_memory=free,
         bf16=True,
         threads=1,
         instruction_set="",

@@ -135,7 +135,7 @@ def make(
         usable = (hardware.free_memory * budget.USABLE + memory.overhead) / 1e9
         what = f"needs about {memory.total / 1e9:.1f} GB, at most {usable:.1f} GB can be used here"
         if must_fit:
-            raise EnvironmentFault(what, f"memory of {hardware.name}", "lower train.max_length, or use quantize nf4")
+            raise EnvironmentFault(what, f"memory of {hardware.name}", _smaller(recipe))
         remarks.append(f"does not fit here: {what}")
     chosen = [index for step in steps for index in step] if steps and load else []
     tokens = sum(load.lengths[i] for i in chosen) if load else None
@@ -192,6 +192,14 @@ def need_of(
 def _longer(shape: DecoderShape, rope: str | None) -> str:
     choice = ", or choose what lies beyond with `rope:`" if shape.family == "qwen1" and rope is None else ""
     return f"at most {shape.max_positions}{choice}"
+
+
+def _smaller(recipe: Recipe) -> str:
+    """What takes less memory."""
+    if recipe.train.micro_batch_tokens != "auto":
+        return "lower train.micro_batch_tokens, or leave it at auto"
+    packed = recipe.quantize.weights in ("nf4", "fp4")
+    return f"lower train.max_length, or {'take a smaller model' if packed else 'use quantize nf4'}"
 
 
 def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:

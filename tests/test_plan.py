@@ -13,7 +13,7 @@ from finetune import hardware, known_models, plan, recipe
 from finetune.budget import Load
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
-from finetune.hardware import Hardware
+from finetune.hardware import Hardware, imagined
 from finetune.plan import Plan
 from tests import runs
 from tests.conftest import ROOT
@@ -80,6 +80,25 @@ def test_what_cannot_fit_is_refused_in_numbers() -> None:
             _plan(_card(gigabytes))
     made = _plan(_card(8), must_fit=False)  # the weights may be on another machine: a note, no refusal
     assert any("does not fit here" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("gigabytes", [1, 2, 12, 13, 14, 16, 24, 80])
+def test_no_plan_for_an_imagined_card_takes_more_than_the_card_has(gigabytes: float) -> None:
+    made = _plan(imagined(gigabytes), "train.max_length=512", must_fit=False)
+    fits = not any("does not fit here" in note for note in made.notes)
+    assert fits == (gigabytes >= 14)
+    assert made.budget.total <= gigabytes * 1e9 or not fits
+
+
+def test_the_mend_for_too_little_memory_names_what_takes_less() -> None:
+    for overrides, mend in (
+        (["quantize.weights=bf16"], "use quantize nf4"),
+        ([], "take a smaller model"),
+        (["train.micro_batch_tokens=90000"], "lower train.micro_batch_tokens"),
+    ):
+        with pytest.raises(EnvironmentFault) as caught:
+            _plan(_card(12), *overrides)
+        assert mend in caught.value.faults[0].fix
 
 
 @pytest.mark.parametrize("gigabytes", [13.5, 14, 15, 16, 18, 20, 24, 32, 48, 64, 80, 140])

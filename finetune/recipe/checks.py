@@ -26,6 +26,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _one_of(tree, "train", ("steps", "epochs"))
     yield from _one_of(tree, "train", ("examples_per_step", "tokens_per_step"))
     yield from _train(tree)
+    yield from _kernels(tree)
     yield from _quantize(tree)
     yield from _evaluate(tree)
     yield from paths.check(tree)
@@ -80,6 +81,11 @@ def _train(tree: dict[str, Any]) -> Iterator[Finding]:
         if tokens is not None and length is not None and tokens < length:
             yield Finding(("train", key), f"must hold one example of max_length ({length}); found {tokens}", "raise it")
     yield from _optimizer(tree)
+
+
+def _kernels(tree: dict[str, Any]) -> Iterator[Finding]:
+    if _value(tree, "train", "kernels") == "off" and _value(tree, "train", "compile") is True:
+        yield Finding(("train", "compile"), "compiles parts of the kernels, which are off", "remove one of the two")
 
 
 def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:

@@ -167,6 +167,11 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:12:3: data.eval_fraction",
         "together with eval_path",
     ),
+    "compile without kernels": (
+        swap("  seed: 7", "  kernels: off\n  compile: true"),
+        "r.yaml:20:3: train.compile",
+        "kernels, which are off",
+    ),
     "warmup": (swap("warmup: 2", "warmup: 13"), "r.yaml:17:3: train.warmup", "must not exceed steps (12)"),
     "tokens below length": (
         swap("examples_per_step: 8", "tokens_per_step: 255"),

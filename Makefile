@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks clean
+.PHONY: quickstart test coverage setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -13,6 +13,10 @@ quickstart: base
 	$(RUN)/finetune summary runs/quickstart $$began
 
 test: setup
+	$(RUN)/python -m pytest -q
+
+# The same, with the share of the package's lines that it runs; fails below 90 %. Takes half as much time again.
+coverage: setup
 	$(RUN)/python -m pytest --cov --cov-report=term -q
 
 setup: $(VENV)/installed

@@ -103,10 +103,10 @@ def read(folder: RunFolder, root: str = "") -> Story:
         folder=root or str(plan.get("output") or folder.root),
         plan=plan,
         identity=identity,
-        recipe=_text(folder.recipe),
+        recipe=_bytes(folder.recipe).decode("utf-8", "replace"),
         curves=_curves(folder.metrics),
         scores={str(name): values for name, values in scores.read(folder).items() if isinstance(values, dict)},
-        answers=[{str(key): str(value) for key, value in line.items()} for line in _lines(folder.samples)],
+        answers=[{str(key): str(value) for key, value in line.items()} for line in lines(folder.samples)],
         data=_object(folder.data),
         finished=done is not None and done == total,
         checkpoint=_newest(folder.checkpoints),
@@ -136,16 +136,16 @@ def listed(of: dict[str, Any], key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _text(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_bytes()
     except OSError:
-        return ""
+        return b""
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines; a torn or foreign line is passed over."""
-    for line in _text(path).splitlines():
+    for line in _bytes(path).splitlines():  # of text it would also split at U+2028, which an answer may hold
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):
@@ -156,7 +156,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, dict[float, float]] = {name: {} for name in CURVES}
-    for line in _lines(path):
+    for line in lines(path):
         step = number(line.get("step"))
         for name in CURVES if step is not None else ():
             value = number(line.get(name))
@@ -173,7 +173,7 @@ def _newest(checkpoints: Path) -> int:
 def _left(path: Path) -> dict[str, int]:
     """How many rows were not taken as they stand, by what was done with them."""
     counts: dict[str, int] = {}
-    for line in _lines(path):
+    for line in lines(path):
         counts[str(line.get("done"))] = counts.get(str(line.get("done")), 0) + 1
     return counts
 

@@ -5,13 +5,12 @@ Read without torch and without trust: a field of another type counts as absent, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import identity, scores
+from finetune import identity, runstory, scores
 from finetune.errors import EnvironmentFault
 from finetune.evals.exact_match import is_right
 from finetune.identity import Identity
@@ -127,7 +126,7 @@ def _newest(files: RunFolder, stored: dict[str, Any]) -> Judgement | None:
 def _by_content(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
     """Rows that say what they are of, each with a key: the content, and how often it came before."""
     seen: dict[str, int] = {}
-    for row in _lines(path):
+    for row in runstory.lines(path):
         content = row.get("content")
         if isinstance(content, str) and content:
             yield (content, seen.setdefault(content, 0)), row
@@ -135,22 +134,10 @@ def _by_content(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
 
 
 def _points(path: Path) -> Iterator[tuple[int, float]]:
-    for row in _lines(path):
+    for row in runstory.lines(path):
         step, loss = row.get("step"), _finite(row.get("loss"))
         if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 10**12 and loss is not None:
             yield step, loss
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_bytes().splitlines():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict):
-            yield found
 
 
 def _finite(value: Any) -> float | None:

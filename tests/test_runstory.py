@@ -58,3 +58,11 @@ def test_judgements_in_between_have_their_step(finished: Path) -> None:
     story = runstory.read(RunFolder(OUTPUT))
     assert [step for step, _ in story.at_steps("loss")] == [0, 2, 10]
     assert story.first_and_last() == ("before", "step 10")
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """An answer may hold U+2028, which ends a line of text but none of JSON lines; a torn line is passed over."""
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"answer": "one\u2028two\x85three"}\n[1]\n{"torn', encoding="utf-8")
+    assert list(runstory.lines(file)) == [{"answer": "one\u2028two\x85three"}]
+    assert list(runstory.lines(tmp_path / "none")) == []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune import compare
+from finetune.datashow import safe
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 760, 320, 62, 40, 12, 16
 _POINTS = 600
@@ -63,13 +63,13 @@ def page(found: Mapping[str, Any]) -> str:
     """The comparison that ``compare.compare`` made. Names, keys and values are somebody else's text."""
     names = [run["name"] for run in found["runs"]]
     title = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: compared"
-    return _PAGE.format(title=_safe(title), series=_SERIES, body="\n".join(_sections(found)))
+    return _PAGE.format(title=safe(title), series=_SERIES, body="\n".join(_sections(found)))
 
 
 def _sections(found: Mapping[str, Any]) -> Iterator[str]:
     yield "<h2>Which is better?</h2>"
     yield from map(_answer, found["answers"])
-    yield from (f'<p class="soft">{_safe(caution)}</p>' for caution in compare.cautions(found))
+    yield from (f'<p class="soft">{safe(caution)}</p>' for caution in compare.cautions(found))
     yield "<h2>How each went</h2>"
     yield _table(compare.table(found))
     yield '<p class="soft">Training loss: mean of the last tenth of the steps. In brackets: 95 % intervals.</p>'
@@ -84,19 +84,19 @@ def _sections(found: Mapping[str, Any]) -> Iterator[str]:
         curves = {name: points[kind] for name, points in found["curves"].items() if points[kind]}
         if curves:
             yield f"<h2>{title}</h2>\n<figure>{_plot(curves, list(found['curves']), title, dots=kind == 'held_out')}"
-            yield f"<figcaption>{_safe(note)}</figcaption></figure>"
+            yield f"<figcaption>{safe(note)}</figcaption></figure>"
     yield "<h2>What differs</h2>"
     for part, title in compare.DIFFERENCES.items():
         rows = compare.difference_table(found, part)
-        yield _table(rows) if len(rows) > 1 else f'<p class="soft">{_safe(title)}: the same</p>'
+        yield _table(rows) if len(rows) > 1 else f'<p class="soft">{safe(title)}: the same</p>'
 
 
 def _answer(answer: Mapping[str, Any]) -> str:
     said = {one["answer"] for one in answer["measures"].values()} - {"equal", "refused"}
     kind = said.pop() if len(said) == 1 else ""
     mark = f" {kind}" if kind in ("better", "worse") else ""
-    lines = "".join(f"<p>{_safe(line)}</p>" for line in compare.sentences(answer))
-    return f'<div class="answer{mark}"><strong>{_safe(_capital(compare.question(answer)))}</strong>{lines}</div>'
+    lines = "".join(f"<p>{safe(line)}</p>" for line in compare.sentences(answer))
+    return f'<div class="answer{mark}"><strong>{safe(_capital(compare.question(answer)))}</strong>{lines}</div>'
 
 
 def _capital(text: str) -> str:
@@ -104,8 +104,8 @@ def _capital(text: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_safe(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    head = "".join(f"<th>{safe(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -115,7 +115,7 @@ def _plot(curves: Mapping[str, Sequence[Sequence[float]]], order: Sequence[str],
     steps = _ticks(*_range(point[0] for points in thinned.values() for point in points))
     losses = _ticks(*_range(point[1] for points in thinned.values() for point in points))
     across, up = _scale(steps, _LEFT, _WIDTH - _RIGHT), _scale(losses, _HEIGHT - _BOTTOM, _TOP)
-    drawn = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_safe(title)} by step">']
+    drawn = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{safe(title)} by step">']
     for value in losses:
         y = f"{up(value):.1f}"
         drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
@@ -128,12 +128,12 @@ def _plot(curves: Mapping[str, Sequence[Sequence[float]]], order: Sequence[str],
         places = [(across(step), up(loss)) for step, loss in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         drawn.append(
-            f'<polyline class="curve {style[0]}" {style[1]} points="{line}"><title>{_safe(name)}</title></polyline>'
+            f'<polyline class="curve {style[0]}" {style[1]} points="{line}"><title>{safe(name)}</title></polyline>'
         )
         if dots or len(points) == 1:
             drawn += [
                 f'<circle class="dot {style[0]}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>'
-                f"{_safe(name)}: {loss:.4f} at step {step:g}</title></circle>"
+                f"{safe(name)}: {loss:.4f} at step {step:g}</title></circle>"
                 for (x, y), (step, loss) in zip(places, points, strict=True)
             ]
     return "".join(drawn) + "</svg>" + _key([(name, _style(order.index(name))) for name in thinned])
@@ -142,7 +142,7 @@ def _plot(curves: Mapping[str, Sequence[Sequence[float]]], order: Sequence[str],
 def _key(entries: Sequence[tuple[str, tuple[str, str]]]) -> str:
     items = "".join(
         f'<li><svg viewBox="0 0 28 10"><line class="curve {style}" {dash} x2="28" y1="5" y2="5"/></svg>'
-        f"{_safe(name)}</li>"
+        f"{safe(name)}</li>"
         for name, (style, dash) in entries
     )
     return f'<ul class="key">{items}</ul>'
@@ -177,8 +177,3 @@ def _scale(ticks: Sequence[float], start: float, end: float) -> Callable[[float]
     low, high = ticks[0], ticks[-1]
     span = high - low or 1.0
     return lambda value: start + (value - low) / span * (end - start)
-
-
-def _safe(text: Any) -> str:
-    """Escaped, and without halves of characters, which no file can hold."""
-    return html.escape(str(text).encode("utf-8", "replace").decode(), quote=True)

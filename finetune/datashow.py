@@ -184,5 +184,5 @@ def _span(piece: Piece) -> str:
 
 
 def safe(text: Any) -> str:
-    """Text for an element or a quoted attribute."""
-    return html.escape(str(text), quote=True)
+    """Text for an element or a quoted attribute, without halves of characters, which no file can hold."""
+    return html.escape(str(text).encode("utf-8", "replace").decode(), quote=True)

@@ -22,7 +22,7 @@ import typer
 
 from finetune import __version__, datacli, hardware, runcli, shipcli, startcli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
-from finetune.options import Overrides, RecipePath, RunPath, check_recipe, silent
+from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
 from finetune.terminal import Terminal, clean
 
 app = typer.Typer(
@@ -59,7 +59,8 @@ _STOPPED, _GO_ON = "stopped on request", "give the same command again"
 def plan(
     recipe: RecipePath,
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     card: Annotated[
         float | None, typer.Option("--card", help="plan for a CUDA card with so many GB, not for this machine", min=1)
     ] = None,
@@ -71,15 +72,15 @@ def plan(
     check_recipe(recipe, set_)
     from finetune import pipeline
 
-    terminal = silent() if as_json else Terminal()
+    screen = terminal(quiet=quiet, as_json=as_json)
     if probe and card:
         raise typer.BadParameter("two steps can be taken on this machine alone: leave --card out", param_hint="--probe")
     if probe:
-        made = pipeline.probe(recipe, set_ or (), terminal)
+        made = pipeline.probe(recipe, set_ or (), screen)
     else:
-        made = pipeline.plan(recipe, set_ or (), terminal, card).to_dict()
+        made = pipeline.plan(recipe, set_ or (), screen, card).to_dict()
     if as_json:
-        typer.echo(json.dumps(made, indent=2))
+        print_json(made)
 
 
 @app.command()
@@ -90,23 +91,32 @@ def train(
     until: Annotated[
         int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
     ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a recipe, or go on with it where it was interrupted."""
     check_recipe(recipe, set_)
     from finetune import pipeline
 
-    pipeline.train(recipe, set_ or (), Terminal(), extend=extend, until=until)
+    screen = terminal(quiet=quiet, as_json=as_json)
+    folders = pipeline.train(recipe, set_ or (), screen, extend=extend, until=until)
+    if as_json:
+        from finetune import scores
+
+        print_json({"runs": [scores.outcome(folder) for folder in folders]})
 
 
 app.add_typer(datacli.app, name="data")
 
 
 @app.command(name="eval")
-def eval_(run: RunPath) -> None:
+def eval_(run: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Judge a finished run: its base and its adapter on the held-out rows."""
     from finetune import pipeline
 
-    pipeline.evaluate_run(run, Terminal())
+    found = pipeline.evaluate_run(run, terminal(quiet=quiet, as_json=as_json))
+    if as_json:
+        print_json({"run": str(run), "scores": found})
 
 
 for _verb in (*startcli.VERBS, *shipcli.VERBS, *runcli.VERBS):
@@ -122,12 +132,16 @@ def chat(run: RunPath) -> None:
 
 
 @app.command()
-def report(run: RunPath) -> None:
+def report(run: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """(Re)write a run's report.html from the files in its folder, and print where it is. Needs no torch."""
     from finetune import runpage
 
-    for path in runpage.rewrite(run):
-        typer.echo(path)
+    pages = [str(path) for path in runpage.rewrite(run)]
+    if as_json:
+        print_json({"pages": pages})
+    elif not quiet:
+        for path in pages:
+            typer.echo(path)
 
 
 @app.command()
@@ -163,14 +177,14 @@ def main_in_process(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments), standalone_mode=False)
     except FinetuneError as error:
-        return _report(error)
+        return _report(error, as_json="--json" in arguments)
     except OSError as error:
         fault = EnvironmentFault(error.strerror or str(error), str(error.filename or ""), "mend that and run again")
-        return _report(fault)
+        return _report(fault, as_json="--json" in arguments)
     except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
         return _unexpected(error)
     if code == _CTRL_C:  # typer's answer to KeyboardInterrupt
-        return _report(Interrupted(_STOPPED, fix=_GO_ON))
+        return _report(Interrupted(_STOPPED, fix=_GO_ON), as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
 
 
@@ -190,12 +204,16 @@ def _unexpected(error: Exception) -> int:
     return 70
 
 
-def _report(error: FinetuneError) -> int:
+def _report(error: FinetuneError, *, as_json: bool = False) -> int:
+    """Say what is wrong, for a person on standard error and, where a program asked, as the one object it waits for."""
     if _debug:
         traceback.print_exc()
     for what, where, fix in error.faults:
         place = f"{where}: " if where else ""
         sys.stderr.write(f"{error.label}: {clean(place + what, 600)}{'; ' + clean(fix, 400) if fix else ''}\n")
+    if as_json:
+        faults = [fault._asdict() for fault in error.faults]
+        print_json({"error": {"exit_code": error.exit_code, "kind": error.label, "faults": faults}})
     return error.exit_code
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from finetune.options import Overrides, RecipePath, check_recipe, silent
-from finetune.terminal import Terminal
+from finetune.options import AsJson, Overrides, Quiet, RecipePath, check_recipe, print_json, terminal
 
 app = typer.Typer(help="Judge data before anything is paid for.", no_args_is_help=True)
 _BAD_ROWS = 3
@@ -22,7 +20,8 @@ def check(
         str, typer.Argument(help="a file, a folder, a data set's id on the hub, or a recipe", show_default=False)
     ],
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     format_: Annotated[str, typer.Option("--format", help="layout of a row; auto looks at the columns")] = "auto",
     columns: Annotated[
         list[str] | None, typer.Option("--column", help="another column name: messages=dialog", metavar="OURS=THEIRS")
@@ -37,20 +36,21 @@ def check(
     from finetune import pipeline
     from finetune.dataset import Source
 
-    terminal = silent() if as_json else Terminal()
+    screen = terminal(quiet=quiet, as_json=as_json)
     if source.endswith((".yaml", ".yml")):
         if fix or columns or format_ != "auto":
             raise typer.BadParameter(
                 "the recipe says it; --fix, --column and --format are for files", param_hint="SOURCE"
             )
-        reports = pipeline.data_check(Path(source), set_ or (), terminal, personal=personal)
+        reports = pipeline.data_check(Path(source), set_ or (), screen, personal=personal)
     else:
         place = Source(path=source, format=format_, columns=_renamed(columns or []), split=split)
-        reports = pipeline.data_check(place, (), terminal, personal=personal)
-    if as_json:
-        typer.echo(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
+        reports = pipeline.data_check(place, (), screen, personal=personal)
+    found: dict[str, Any] = {"sources": reports}
     if fix is not None:
-        pipeline.data_fix(place, fix, terminal)
+        found["fixed"] = pipeline.data_fix(place, fix, screen)
+    if as_json:
+        print_json(found)
     if any(report["summary"]["errors"] for report in reports):
         raise typer.Exit(_BAD_ROWS)
 
@@ -71,6 +71,8 @@ def show(
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="the micro-batches of one step, from 1", min=1)] = None,
     html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page instead")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show exactly what the model will see, token by token: what is trained, what is only read, where it ends."""
     if row is not None and step is not None:
@@ -78,4 +80,7 @@ def show(
     check_recipe(recipe, set_)
     from finetune import pipeline
 
-    pipeline.data_show(recipe, set_ or (), Terminal(), row=row, step=step, html=html)
+    screen = terminal(quiet=quiet, as_json=as_json)
+    rows = pipeline.data_show(recipe, set_ or (), screen, row=row, step=step, html=html)
+    if as_json:
+        print_json({"rows": rows})

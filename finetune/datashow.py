@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.terminal import clean
@@ -50,6 +50,17 @@ class Shown:
         odd = sorted(set(example.weights) - {0.0, 1.0})
         text += f", weights {', '.join(f'{one:g}' for one in odd)}" if odd else ""
         return f"{text} ({self.note})" if self.note else text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row for a program: every token, whose it is and its weight in the loss."""
+        return {
+            "where": self.example.where,
+            "heading": self.heading,
+            "note": self.note,
+            "tokens": len(self.example.ids),
+            "trained": sum(self.example.supervised),
+            "pieces": [asdict(piece) for piece in self.pieces],
+        }
 
 
 def shown(example: Example, turns: Sequence[Turn], renderer: Renderer, *, heading: str = "", note: str = "") -> Shown:

@@ -19,8 +19,8 @@ from finetune.terminal import Terminal
 from finetune.trained import Trained
 
 
-def adapter_for(run: Path, out: Path, target: str, terminal: Terminal) -> None:
-    """Write the adapter for ``target`` (peft or vllm) into the new folder ``out``.
+def adapter_for(run: Path, out: Path, target: str, terminal: Terminal) -> dict[str, Any]:
+    """Write the adapter for ``target`` (peft or vllm) into the new folder ``out``; → its digests and what to type.
 
     Raises:
         ModelError: no finished run and no adapter, or the target cannot load this adapter.
@@ -35,13 +35,17 @@ def adapter_for(run: Path, out: Path, target: str, terminal: Terminal) -> None:
     with atomic_folder(out) as temporary:
         _write_plain(given, temporary)
         layouts.copy_tokenizer(given.base, temporary)
-        manifest.write(temporary, manifest.digests(temporary))
+        found = manifest.digests(temporary)
+        manifest.write(temporary, found)
     said = adapter.advice(read.weights, target)
     terminal.say(f"adapter: {out}" + (f"   {said}" if said else ""))
+    return {"target": target, "sha256": found, "advice": said or None}
 
 
-def gguf_for(run: Path, out: Path, quantise: str | None, terminal: Terminal, *, adapter_only: bool = False) -> None:
-    """Write the merged model, or the adapter alone, as the GGUF file ``out``.
+def gguf_for(
+    run: Path, out: Path, quantise: str | None, terminal: Terminal, *, adapter_only: bool = False
+) -> dict[str, Any]:
+    """Write the merged model, or the adapter alone, as the GGUF file ``out``; → what was written and compared.
 
     ``run``: a finished run, an adapter's folder, or a merged model's. ``quantise``: of ``exporters.gguf.KINDS``.
 
@@ -63,9 +67,10 @@ def gguf_for(run: Path, out: Path, quantise: str | None, terminal: Terminal, *, 
         with _merged(run, out, terminal) as folder:
             found = gguf.merged(folder, out, quantise, terminal.status, _called(run))
     _say(out, found, terminal)
+    return found
 
 
-def ollama_for(run: Path, out: Path, quantise: str | None, terminal: Terminal) -> None:
+def ollama_for(run: Path, out: Path, quantise: str | None, terminal: Terminal) -> dict[str, Any]:
     """Write the merged model as GGUF and its Modelfile into the new folder ``out``. Raises as ``gguf_for``."""
     _refuse_place(out)
     gguf.ready(out, quantise, terminal.status)
@@ -77,6 +82,7 @@ def ollama_for(run: Path, out: Path, quantise: str | None, terminal: Terminal) -
         terminal.say(f"Modelfile: {note}")
     _say(out, found, terminal)
     terminal.say(f"stops at {', '.join(said['stops'])}; next: ollama create {_called(run)} -f {out / 'Modelfile'}")
+    return found | {"modelfile": said}
 
 
 def _say(out: Path, found: dict[str, Any], terminal: Terminal) -> None:

@@ -1,15 +1,19 @@
-"""What the verbs of the command line share: a recipe's path, its overrides, and its check before torch is imported."""
+"""What the verbs of the command line share: a recipe's path and its check before torch is imported, and where a verb's
+result goes: text for a person on standard output, or with ``--json`` one object there and the text on standard error.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import json
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from finetune.terminal import Terminal
+from finetune.terminal import Progress, Terminal
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Overrides = Annotated[
@@ -17,6 +21,12 @@ Overrides = Annotated[
 ]
 
 RunPath = Annotated[Path, typer.Argument(help="the run's folder (`output:` of its recipe)", show_default=False)]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON object; what a person reads goes to standard error")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress; with --json print nothing but the object")]
+_WORTH_A_BAR = 1_000_000_000
+"""Bytes: about two seconds of reading."""
 
 
 def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
@@ -26,5 +36,26 @@ def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
     recipes.locate_all(recipe, overrides or ())
 
 
-def silent() -> Terminal:
-    return Terminal(out=io.StringIO(), quiet=True)
+def terminal(*, quiet: bool, as_json: bool = False) -> Terminal:
+    """Where a verb tells a person what it does."""
+    return Terminal(out=sys.stderr if as_json else sys.stdout, quiet=quiet, silent=quiet and as_json)
+
+
+def reading(screen: Terminal, label: str, folder: Path) -> Callable[[int], None]:
+    """A progress over the bytes of a folder, shown where reading them takes a while; any thread may tell it."""
+    of = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    bar, done, one = Progress(screen, f"{label}, MB"), 0, threading.Lock()
+
+    def more(count: int) -> None:
+        nonlocal done
+        with one:
+            done += count
+            if of > _WORTH_A_BAR:
+                bar(done // 1_000_000, of // 1_000_000)
+
+    return more
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one object that ``--json`` asks for: a program's input, so never NaN."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

@@ -117,9 +117,9 @@ def train(
 
 def sweep(
     recipe: Path, root: Path, grid: Sequence[Combination], terminal: Terminal, *, budget: float | None,
-    halving: bool, dry: bool, quiet: bool,
+    halving: bool, dry: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Plan every combination of a grid and, unless ``dry``, train and compare them. ``quiet``: runs print to stderr."""
+    """Plan every combination of a grid and, unless ``dry``, train and compare them."""
     from finetune import sweep as sweeping
     from finetune import sweepplan
 
@@ -128,7 +128,7 @@ def sweep(
         terminal.say(line)
     if dry:
         return {"seconds": planned.predicted, "runs": [entry.to_dict() for entry in planned.entries]}
-    return sweeping.run(planned, terminal, quiet=quiet)
+    return sweeping.run(planned, terminal)
 
 
 def data_check(
@@ -166,18 +166,19 @@ def _reading(terminal: Terminal, verb: str) -> Callable[[str, int, float], None]
     return show
 
 
-def data_fix(source: Source, out: Path, terminal: Terminal) -> None:
-    """Write a repaired copy of a source, and a log of each change."""
+def data_fix(source: Source, out: Path, terminal: Terminal) -> dict[str, Any]:
+    """Write a repaired copy of a source, and a log of each change; → where they are, and how many rows had what."""
     from finetune import datacheck, datafix
 
     counts = datafix.fix(Reader(source, datacheck.CONTROL), out, _reading(terminal, "mending"))
     terminal.say(f"{out}: " + ", ".join(f"{count} rows {what}" for what, count in counts.items()))
     terminal.say(f"each change: {out}.log.jsonl")
+    return {"out": str(out), "log": f"{out}.log.jsonl", "rows": counts}
 
 
 def data_show(
     recipe: Path, overrides: Sequence[str], terminal: Terminal, *, row: int | None, step: int | None, html: Path | None
-) -> None:
+) -> list[dict[str, Any]]:
     """Exactly what will be trained, token by token, by row or by step: in the terminal, or as one page."""
     from finetune import datashow, look
 
@@ -185,13 +186,13 @@ def data_show(
     if html is not None:
         write_page(html, datashow.page(str(recipe), shown))
         terminal.say(f"written: {html}")
-        return
-    for one in shown:
-        for line in datashow.lines(one, colour=terminal.out.isatty()):
+    for one in () if html else shown:
+        for line in datashow.lines(one, colour=terminal.colour):
             terminal.say(line)
         terminal.say()
-    if row is None and step is None:
+    if html is None and row is None and step is None:
         terminal.say(f"these are the first rows, at most {_SHOWN_ROWS}; --row N shows another, --step N a whole step")
+    return [one.to_dict() for one in shown]
 
 
 def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:
@@ -235,45 +236,45 @@ def prove(first: str, second: str, terminal: Terminal, rows: Path | None, bound:
 
 def blend(
     words: Sequence[str], out: Path, terminal: Terminal, method: str, density: float | None, seed: int, rank: int | None
-) -> None:
+) -> dict[str, Any]:
     """Write the weighted merge of several runs' adapters, ``RUN:share`` each, and what each run lost by it."""
     from finetune import blend as blending
     from finetune import weigh
 
     options = weigh.Options(method=method, density=density, seed=seed, rank=rank)
-    blending.blend(blending.parse(words), out, terminal, options)
+    return blending.blend(blending.parse(words), out, terminal, options)
 
 
 def export(
     run: Path, out: Path, to: str, terminal: Terminal, *, target: str, quantise: str | None, adapter_only: bool
-) -> None:
+) -> dict[str, Any]:
     """Write a run's result for another program."""
     if to in ("huggingface", "original"):
-        merge(run, out, {"layout": "native" if to == "huggingface" else to}, terminal)
-        return
+        return merge(run, out, {"layout": "native" if to == "huggingface" else to}, terminal)
     from finetune import export as exporting
 
     if to == "adapter":
-        exporting.adapter_for(run, out, target, terminal)
-    elif to == "gguf":
-        exporting.gguf_for(run, out, quantise, terminal, adapter_only=adapter_only)
-    else:
-        exporting.ollama_for(run, out, quantise, terminal)
+        return exporting.adapter_for(run, out, target, terminal)
+    if to == "gguf":
+        return exporting.gguf_for(run, out, quantise, terminal, adapter_only=adapter_only)
+    return exporting.ollama_for(run, out, quantise, terminal)
 
 
-def release(run: Path, out: Path, what: str, asked: Mapping[str, Any], terminal: Terminal, **how: Any) -> None:
+def release(
+    run: Path, out: Path, what: str, asked: Mapping[str, Any], terminal: Terminal, **how: Any
+) -> dict[str, Any]:
     """Make the folder that one publishes of a finished run; ``asked`` as of a merge, ``how`` as of the release."""
     from finetune import certify
     from finetune import release as releasing
 
-    releasing.release(run, out, what, terminal, asked=certify.Asked(**asked), **how)
+    return releasing.release(run, out, what, terminal, asked=certify.Asked(**asked), **how)
 
 
-def push(folder: Path, repo: str, terminal: Terminal, **how: Any) -> None:
+def push(folder: Path, repo: str, terminal: Terminal, **how: Any) -> dict[str, Any]:
     """Upload a release to the hub; ``how`` as of ``push.push``."""
     from finetune import push as pushing
 
-    pushing.push(folder, repo, terminal, **how)
+    return pushing.push(folder, repo, terminal, **how)
 
 
 def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:

@@ -59,8 +59,10 @@ class Release:
         return clean(f"Release of run {run}, manifest {digest[:16]}"), "\n".join(map(clean, lines))
 
 
-def push(folder: Path, repo: str, terminal: Terminal, *, private: bool = True, revision: str | None = None) -> None:
-    """Upload the release ``folder`` to the hub's ``repo`` in one commit, and compare what arrived.
+def push(
+    folder: Path, repo: str, terminal: Terminal, *, private: bool = True, revision: str | None = None
+) -> dict[str, Any]:
+    """Upload the release ``folder`` to the hub's ``repo`` in one commit, and compare what arrived; → the commit.
 
     The token is the environment's HF_TOKEN, else the one that ``hf auth login`` stored. An interruption leaves the
     branch as it was; a repository that was made for this push stays, empty.
@@ -97,6 +99,7 @@ def push(folder: Path, repo: str, terminal: Terminal, *, private: bool = True, r
     terminal.say(f"{'pushed' if commit != head else 'it was there already'}: {way.where}/tree/{commit}")
     for line in _loading(release, way.repo, commit):
         terminal.say(line)
+    return {"repo": way.repo, "commit": commit, "url": f"{way.where}/tree/{commit}", "changed": commit != head}
 
 
 def _opened(folder: Path) -> Release:

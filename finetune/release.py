@@ -29,8 +29,8 @@ _ADAPTER = (checkpoint.ADAPTER, checkpoint.CONFIG, checkpoint.PROVENANCE)
 def release(
     run: Path, out: Path, what: str, terminal: Terminal, *, asked: Asked,
     data_licence: str | None = None, allow_unknown: bool = False, key: Path | None = None,
-) -> None:  # fmt: skip
-    """Make the release ``out`` of a finished run.
+) -> dict[str, Any]:  # fmt: skip
+    """Make the release ``out`` of a finished run; → where it is, and its manifest.
 
     Args:
         what: merged, adapter or both. asked: the kind of merge.
@@ -54,7 +54,7 @@ def release(
     if out.exists() or out.is_symlink():
         _refuse_other(out, digest)
         terminal.say(f"{out} is this release already: nothing to do")
-        return
+        return _told(out)
     with unfinished.folder(out, made_of, certify.KEPT) as temporary:
         merged: dict[str, Any] = {}
         if "merged" in parts:
@@ -69,6 +69,11 @@ def release(
         if key is not None:
             seal.sign(temporary, key)
     terminal.say(f"release: {out}   check it: finetune verify {out}, or sha256sum -c SHA256SUMS inside it")
+    return _told(out)
+
+
+def _told(out: Path) -> dict[str, Any]:
+    return {"out": str(out), "manifest": read_json(out / verify.MANIFEST)}
 
 
 def _refuse_other(out: Path, asked: str) -> None:

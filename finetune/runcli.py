@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finetune.errors import Fault, FinetuneError
-from finetune.options import Overrides, RecipePath, silent
-from finetune.terminal import Terminal
+from finetune.options import AsJson, Overrides, Quiet, RecipePath, print_json, terminal
 
 _GO_ON = "see its message above; the same command tries it again"
 
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="print the comparison as JSON")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page too")] = None,
 ) -> None:
     """Say what differs between runs, how each went, and whether one is better than the first."""
     from finetune import compare as comparing
 
     found = comparing.compare(runs)
-    terminal = silent() if as_json else Terminal()
+    screen = terminal(quiet=quiet, as_json=as_json)
     for line in comparing.lines(found):
-        terminal.say(line)
+        screen.say(line)
     if html is not None:
         from finetune import comparepage, runfolder
 
         runfolder.write_page(html, comparepage.page(found))
-        terminal.say(f"written: {html}")
+        screen.say(f"written: {html}")
     if as_json:
-        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        print_json(found)
 
 
 def sweep(
@@ -49,7 +48,8 @@ def sweep(
         bool, typer.Option("--halving", help="train all for a share of the steps, and only the better half goes on")
     ] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="plan all and say what they cost; train nothing")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON; the runs print to stderr")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train every combination of a grid, one after the other, and compare them; the same command goes on."""
     from finetune import grid as grids
@@ -60,11 +60,13 @@ def sweep(
     root, combinations = grids.combinations(recipe, grid, set_ or ())
     from finetune import pipeline
 
-    terminal = silent() if as_json else Terminal()
-    found = pipeline.sweep(recipe, root, combinations, terminal, budget=limit, halving=halving, dry=dry, quiet=as_json)
+    screen = terminal(quiet=quiet, as_json=as_json)
+    found = pipeline.sweep(recipe, root, combinations, screen, budget=limit, halving=halving, dry=dry)
+    faults = [Fault(run["state"], run["folder"], _GO_ON) for run in found["runs"] if run.get("failed")]
     if as_json:
-        typer.echo(json.dumps(found, indent=2, allow_nan=False))
-    if faults := [Fault(run["state"], run["folder"], _GO_ON) for run in found["runs"] if run.get("failed")]:
+        print_json(found)
+        raise typer.Exit(FinetuneError.exit_code if faults else 0)
+    if faults:
         raise FinetuneError.of(faults)
 
 

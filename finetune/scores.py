@@ -58,6 +58,18 @@ def _by_source(values: dict[str, Any]) -> list[tuple[str, float]]:
     return sorted(values.get("loss_by_source", {}).items())
 
 
+def outcome(folder: RunFolder) -> dict[str, Any]:
+    """What became of a run, for a program."""
+    finished = read_json(folder.finished) or {}
+    return {
+        "folder": str(folder.root),
+        "finished": bool(finished),
+        "steps": finished.get("steps"),
+        "adapter": str(folder.adapter) if finished else None,
+        "scores": read(folder),
+    }
+
+
 def table(scores: dict[str, Any]) -> list[str]:
     """The scores as lines of text."""
     lines = [f"{'':<12}{'exact match':>12}{'95 % interval':>18}{'loss':>10}{'rows':>7}"]

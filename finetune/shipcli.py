@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,7 @@ from typing import Annotated
 import typer
 
 from finetune.errors import EnvironmentFault, Fault, FinetuneError, ModelError
-from finetune.options import RunPath, silent
-from finetune.terminal import Terminal
+from finetune.options import AsJson, Quiet, RunPath, print_json, reading, terminal
 
 _BASES, _LAYOUTS = ("auto", "replayed", "original"), ("native", "original")
 _EXPORTS = ("adapter", "huggingface", "gguf", "ollama", "original")
@@ -48,6 +46,8 @@ def merge(
         typer.Option("--quantised-as", help="of a bare adapter: nf4, fp4 or int8, as its base was in training"),
     ] = None,
     rows: Annotated[Path | None, typer.Option("--rows", help="of a bare adapter: a data file to compare on")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fold an adapter into its base, and prove that the result is the trained model.
 
@@ -58,15 +58,20 @@ def merge(
     _one_of(quantised_as or "nf4", ("nf4", "fp4", "int8"), "--quantised-as")
     from finetune import pipeline
 
+    screen = terminal(quiet=quiet, as_json=as_json)
     if len(runs) > 1 or (not Path(runs[0]).exists() and ":" in runs[0]):
-        pipeline.blend(runs, out, Terminal(), method, density, seed, rank)
+        found = pipeline.blend(runs, out, screen, method, density, seed, rank)
+        if as_json:
+            print_json(found)
         return
     of_several = {"--method": method != "linear", "--density": density is not None, "--rank": rank is not None}
     if given := [option for option, said in of_several.items() if said]:
         raise typer.BadParameter("is of several runs with weights", param_hint=given[0])
     bare = {"name": model, "quantised_as": quantised_as, "rows": rows}
     asked = {"base": base, "layout": layout, "correct": correct}
-    pipeline.merge(Path(runs[0]), out, asked, Terminal(), **bare)
+    found = pipeline.merge(Path(runs[0]), out, asked, screen, **bare)
+    if as_json:
+        print_json({"out": str(out)} | found)
 
 
 def prove(
@@ -76,14 +81,15 @@ def prove(
     bound: Annotated[
         float | None, typer.Option("--bound", help="the largest mean KL in nats that passes (default 0.001)", min=0)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Do two models answer alike? Exit 1 where they do not."""
     from finetune import pipeline
 
-    found = pipeline.prove(first, second, silent() if as_json else Terminal(), rows, bound)
+    found = pipeline.prove(first, second, terminal(quiet=quiet, as_json=as_json), rows, bound)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
 
 
 def _one_of(word: str, legal: Sequence[str], option: str) -> None:
@@ -104,6 +110,8 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="of a GGUF: the adapter without its base")
     ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a run's result for another program: a plain LoRA adapter, or the merged model in a layout or as GGUF."""
     _one_of(to, _EXPORTS, "--to")
@@ -114,7 +122,10 @@ def export(
             raise typer.BadParameter(f"is of --to {' or '.join(_OF[option])}", param_hint=option)
     from finetune import pipeline
 
-    pipeline.export(run, out, to, Terminal(), target=target or "peft", quantise=quantize, adapter_only=adapter_only)
+    screen = terminal(quiet=quiet, as_json=as_json)
+    found = pipeline.export(run, out, to, screen, target=target or "peft", quantise=quantize, adapter_only=adapter_only)
+    if as_json:
+        print_json({"out": str(out), "kind": to} | found)
 
 
 def release(
@@ -130,6 +141,8 @@ def release(
         bool, typer.Option("--allow-unknown-licence", help="go on where a licence is not known; the card says so")
     ] = False,
     key: Annotated[Path | None, typer.Option("--sign", help="sign with this private key (extra sign)")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make the folder that one publishes: weights, card, licence, notice, manifest, digests."""
     _one_of(what, ("merged", "adapter", "both"), "--what")
@@ -137,10 +150,12 @@ def release(
     _one_of(layout, _LAYOUTS, "--layout")
     from finetune import pipeline
 
-    pipeline.release(
-        run, out, what, {"base": base, "layout": layout}, Terminal(), data_licence=data_licence,
-        allow_unknown=allow_unknown, key=key,
-    )  # fmt: skip
+    how = {"data_licence": data_licence, "allow_unknown": allow_unknown, "key": key}
+    found = pipeline.release(
+        run, out, what, {"base": base, "layout": layout}, terminal(quiet=quiet, as_json=as_json), **how
+    )
+    if as_json:
+        print_json(found)
 
 
 def push(
@@ -150,23 +165,31 @@ def push(
         bool, typer.Option("--public", help="where the repository is made now: everybody can read and copy it")
     ] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="the branch, which must exist")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Upload a release to the Hugging Face hub: one commit of what verifies, read back and compared."""
     from finetune import pipeline
 
-    pipeline.push(folder, repo, Terminal(), private=not public, revision=revision)
+    screen = terminal(quiet=quiet, as_json=as_json)
+    found = pipeline.push(folder, repo, screen, private=not public, revision=revision)
+    if as_json:
+        print_json(found)
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="a release", show_default=False)],
     key: Annotated[Path | None, typer.Option("--key", help="the public key that it must be signed with")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check every byte of a release. Exit 1 where anything differs. Needs no torch."""
     from finetune import signature
     from finetune import verify as checks
 
+    screen = terminal(quiet=quiet, as_json=as_json)
     try:
-        faults = checks.faults(folder)
+        faults = checks.faults(folder, reading(screen, "verifying", folder))
         faults += signature.check_signature(folder, key) if key is not None else []
     except checks.NoRelease as error:
         raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None
@@ -174,19 +197,25 @@ def verify(
         raise EnvironmentFault(str(error), str(folder), "pip install 'finetune-qwen[sign]'") from None
     if faults:
         raise FinetuneError.of([Fault(fault, str(folder)) for fault in faults])
-    typer.echo(f"{folder}: every file is what was released{'' if key is None else ', and the signature is right'}")
+    screen.say(f"{folder}: every file is what was released{'' if key is None else ', and the signature is right'}")
+    if as_json:
+        print_json({"folder": str(folder), "holds": True, "signature": None if key is None else "right"})
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="a model folder, or an adapter's", show_default=False)],
     out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="native (plain transformers) or original (the first Qwen's own)")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a model or an adapter in the other layout. The numbers stay as they are."""
     _one_of(to, _LAYOUTS, "--to")
     from finetune import pipeline
 
-    pipeline.convert(source, out, to, Terminal())
+    pipeline.convert(source, out, to, terminal(quiet=quiet, as_json=as_json))
+    if as_json:
+        print_json({"out": str(out), "layout": to})
 
 
 VERBS = (merge, prove, export, release, push, verify, convert)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from finetune.options import silent
-from finetune.terminal import Terminal
+from finetune.options import AsJson, Quiet, print_json, terminal
 
 
 def init(
@@ -21,28 +19,30 @@ def init(
     card: Annotated[
         float | None, typer.Option("--card", help="draft for a CUDA card with so many GB, not for this machine", min=1)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the recipe's path and plan as JSON")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Look at your data and this machine, and write a commented recipe that plans. Overwrites nothing."""
     from finetune import pipeline
 
-    made = pipeline.init(data, out, model, card, silent() if as_json else Terminal())
+    made = pipeline.init(data, out, model, card, terminal(quiet=quiet, as_json=as_json))
     if as_json:
-        typer.echo(json.dumps(made, indent=2))
+        print_json(made)
 
 
 def doctor(
     numerics: Annotated[
         bool, typer.Option("--numerics", help="train a tiny model in ways that must agree, and show how far they do")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Look at versions, known conflicts, GPU, memory, disk and environment. Exit 1 where one must be mended."""
     from finetune import pipeline
 
-    found = pipeline.doctor(silent() if as_json else Terminal(), numerics=numerics)
+    found = pipeline.doctor(terminal(quiet=quiet, as_json=as_json), numerics=numerics)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
     if not found["holds"]:
         raise typer.Exit(1)
 

@@ -23,14 +23,14 @@ from finetune.sweepplan import CUT, Entry, Sweep
 from finetune.terminal import Terminal
 
 
-def run(sweep: Sweep, terminal: Terminal, *, quiet: bool = False) -> dict[str, Any]:
+def run(sweep: Sweep, terminal: Terminal) -> dict[str, Any]:
     """Train what is planned, then compare what is finished.
 
     Raises:
         Interrupted: stopped on request; the same command goes on.
     """
     with RunFolder(sweep.root).lock():
-        trainer = _Trainer(sweep, terminal, quiet)
+        trainer = _Trainer(sweep, terminal)
         entries = trainer.halved() if sweep.halving else trainer.each()
         found = _compared(sweep, entries, terminal)
     for entry in entries:
@@ -41,8 +41,8 @@ def run(sweep: Sweep, terminal: Terminal, *, quiet: bool = False) -> dict[str, A
 class _Trainer:
     """Trains the entries of a sweep, each in a process of its own, within the time that the budget gives."""
 
-    def __init__(self, sweep: Sweep, terminal: Terminal, quiet: bool) -> None:
-        self.sweep, self.terminal, self.quiet = sweep, terminal, quiet
+    def __init__(self, sweep: Sweep, terminal: Terminal) -> None:
+        self.sweep, self.terminal = sweep, terminal
         self.end = None if sweep.budget is None else time.monotonic() + sweep.budget
 
     def each(self) -> list[Entry]:
@@ -84,16 +84,23 @@ class _Trainer:
             return replace(entry, failed=True, state=f"failed: it has no held-out loss of step {step}")
         return replace(entry, begun=True, finished=whole, state="finished" if whole else f"at step {step}")
 
+    def _heard(self) -> int | None:
+        """Where a run's own lines go: to where this command's go."""
+        if self.terminal.silent:
+            return subprocess.DEVNULL
+        return 2 if self.terminal.out is sys.stderr else None
+
     def _child(self, entry: Entry, options: Sequence[str]) -> int:
         """``finetune train`` of one run; a request to stop is passed on, so that it saves where it stands."""
         words = [part for text in entry.overrides for part in ("--set", text)]
         code = "from finetune.cli import main; main()"
         command = [sys.executable, "-P", "-c", code, "train", str(self.sweep.recipe), *words, *options]
+        command += ["--quiet"] if self.terminal.quiet else []
         process: subprocess.Popen[bytes] | None = None
         with stop_requests() as stop:
             try:
                 with stop.deferred():  # a group of its own: a terminal's Ctrl-C must reach it once, from here
-                    process = subprocess.Popen(command, process_group=0, stdout=2 if self.quiet else None)
+                    process = subprocess.Popen(command, process_group=0, stdout=self._heard())
                 return process.wait()
             except BaseException:
                 if process is not None:

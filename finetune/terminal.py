@@ -17,6 +17,10 @@ _EVERY = 10.0
 """Seconds between status lines where there is no terminal to redraw (a log file, CI)."""
 
 
+_BAR = 20
+"""Characters of a bar."""
+
+
 def clean(text: str, limit: int = 200) -> str:
     """Printable text on one line: other characters become spaces."""
     kept = "".join(char if char.isprintable() else " " for char in text)
@@ -49,14 +53,27 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Terminal:
-    """Lines and one status line on ``out``; ``quiet`` keeps only the lines."""
+    """Lines and one status line on ``out``; ``quiet`` keeps only the lines, ``silent`` not even those."""
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
     quiet: bool = False
+    silent: bool = False
     _last: float = 0.0
     _width: int = 0
 
+    @property
+    def live(self) -> bool:
+        """Whether ``out`` is a terminal, whose last line can be drawn again."""
+        return self.out.isatty()
+
+    @property
+    def colour(self) -> bool:
+        """Whether colours may be used: on a terminal that has some, and whose user has not said no (no-color.org)."""
+        return self.live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
     def say(self, text: str = "") -> None:
+        if self.silent:
+            return
         self._erase()
         self._write(text + "\n")
 
@@ -69,17 +86,17 @@ class Terminal:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
 
     def status(self, text: str, *, last: bool = False) -> None:
-        """Redraw the status line; on something that is not a terminal, print it every few seconds and at the end."""
-        if self.quiet:
+        """Redraw the status line; in a log, print it every few seconds and at the end, each with the time of day."""
+        if self.quiet or self.silent:
             return
         now = time.monotonic()
-        if self.out.isatty():
+        if self.live:
             text = text[: max(1, shutil.get_terminal_size().columns - 1)]  # a line that wraps cannot be redrawn
             self._write("\r" + text.ljust(self._width) + ("\n" if last else ""))
             self._width = 0 if last else len(text)
         elif last or now - self._last >= _EVERY:
             self._last = now
-            self._write(text + "\n")
+            self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def _erase(self) -> None:
         if self._width:
@@ -89,7 +106,7 @@ class Terminal:
 
 @dataclass
 class Progress:
-    """Done of a known whole, with an ETA from the pace so far."""
+    """Done of a known whole, with an ETA from the pace so far, and on a terminal a bar."""
 
     terminal: Terminal
     label: str
@@ -100,4 +117,11 @@ class Progress:
         spent = time.monotonic() - self.began
         worked = done - self.start
         eta = f"  ETA {duration(spent / worked * (of - done))}" if worked > 0 and done < of else ""
-        self.terminal.status(f"{self.label} {done}/{of}{'  ' + extra if extra else ''}{eta}", last=done >= of)
+        drawn = f" {bar(done, of)}" if self.terminal.live else ""
+        self.terminal.status(f"{self.label}{drawn} {done}/{of}{'  ' + extra if extra else ''}{eta}", last=done >= of)
+
+
+def bar(done: int, of: int) -> str:
+    """How much of a whole is done, as a line that fills."""
+    full = _BAR * min(done, of) // of if of > 0 else _BAR
+    return "━" * full + "─" * (_BAR - full)

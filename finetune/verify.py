@@ -53,8 +53,10 @@ class NoRelease(Exception):  # noqa: N818 — an answer, as StopIteration is
     """This folder is no release at all."""
 
 
-def faults(folder: Path) -> list[str]:
+def faults(folder: Path, progress: Callable[[int], None] = lambda count: None) -> list[str]:
     """What does not hold, each with the file's name; empty where every byte is as it was released.
+
+    ``progress`` is told the bytes of each block read, from several threads.
 
     Raises:
         NoRelease: neither manifest.json nor SHA256SUMS is a release's.
@@ -69,7 +71,7 @@ def faults(folder: Path) -> list[str]:
         raise NoRelease(f"{why_not_recorded}; {why_not_listed}")
     found += filter(None, [why_not_recorded, why_not_listed])
 
-    actual, unreadable = digests(folder, [name for name in names if name != SUMS])
+    actual, unreadable = digests(folder, [name for name in names if name != SUMS], progress)
     found += unreadable
     if recorded is None:
         recorded = {name: digest for name, digest in (listed or {}).items() if name not in OURS}
@@ -135,7 +137,9 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "file" if entry.is_file(follow_symlinks=False) else "neither a file nor a folder"
 
 
-def digests(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def digests(
+    folder: Path, names: Iterable[str], progress: Callable[[int], None] = lambda count: None
+) -> tuple[dict[str, str], list[str]]:
     """The sha-256 of each file, and a fault for each that cannot be read (its digest is "").
 
     Files are read in blocks, several at once; an interrupt ends all of them at their next block.
@@ -143,7 +147,7 @@ def digests(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[st
     wanted, stop = list(names), threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     try:
-        answers = list(pool.map(lambda name: _digest(folder / name, stop), wanted))
+        answers = list(pool.map(lambda name: _digest(folder / name, stop, progress), wanted))
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -155,12 +159,13 @@ def digests(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[st
     return {name: a if isinstance(a, str) else "" for name, a in zip(wanted, answers, strict=True)}, found
 
 
-def _digest(path: Path, stop: threading.Event) -> str | OSError:
+def _digest(path: Path, stop: threading.Event, progress: Callable[[int], None]) -> str | OSError:
     total = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
             while not stop.is_set() and (block := file.read(_BLOCK)):
                 total.update(block)
+                progress(len(block))
     except OSError as error:
         return error
     return total.hexdigest()

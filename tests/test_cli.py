@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,40 @@ def test_every_fault_of_an_error_gets_its_line(work: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pipeline, "plan", fail)
     said = finetune("plan", "r.yaml")
     assert said.err.splitlines() == [f"data: d.jsonl:{n}: fault {n}; mend it" for n in range(3)]
+
+
+def test_a_failure_is_the_object_too_where_one_was_asked_for(work: Path) -> None:
+    said = finetune("train", "r.yaml", "--json", "--set", "train.stepz=3")
+    assert said.code == 2
+    error = json.loads(said.out)["error"]
+    assert (error["exit_code"], error["kind"]) == (2, "recipe")
+    (fault,) = error["faults"]
+    assert fault["where"] == "--set train.stepz"
+    assert "did you mean 'steps'" in fault["what"] + fault["fix"]
+    assert said.err.startswith("recipe: --set train.stepz: ")
+
+
+def verbs() -> dict[str, set[str]]:
+    """Every verb with its options, as the command line has them."""
+    import typer.main
+
+    def below(group: Any, name: str) -> Iterator[tuple[str, set[str]]]:
+        for word, command in group.commands.items():
+            full = f"{name} {word}".strip()
+            if hasattr(command, "commands"):
+                yield from below(command, full)
+            elif not command.hidden:
+                yield full, {option for parameter in command.params for option in parameter.opts}
+
+    return dict(below(typer.main.get_command(cli.app), ""))
+
+
+def test_every_verb_answers_programs_and_can_be_quiet() -> None:
+    silent = {"schema", "chat", "dashboard"}  # the first prints JSON and nothing else
+    found = verbs()
+    assert {"train", "data check", "merge"} <= set(found)
+    lacking = {verb: {"--json", "--quiet"} - options for verb, options in found.items() if verb not in silent}
+    assert {verb: options for verb, options in lacking.items() if options} == {}
 
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J\u202eevil\u2066\u200b\nsecond line\x00"
@@ -149,9 +184,12 @@ def test_the_installed_command_ends_with_the_code(work: Path) -> None:
 
 
 def test_a_plan_as_json_is_json_alone(work: Path) -> None:
-    said = finetune("plan", "r.yaml", "--json")
+    said = finetune("plan", "r.yaml", "--json", "--quiet")
     made = json.loads(said.out)
     assert (said.code, said.err) == (0, "")
+    loud = finetune("plan", "r.yaml", "--json")
+    assert "course     6 steps, 24 samples" in loud.err  # what a person reads is not lost
+    assert json.loads(loud.out).keys() == made.keys()
     assert made["trainable_parameters"] > 0
     assert {"memory", "targets", "steps", "notes", "unchecked", "budget"} <= set(made)
     text = finetune("plan", "r.yaml").out

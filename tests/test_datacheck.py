@@ -40,14 +40,14 @@ def test_each_fault_has_its_code_and_place(name: str) -> None:
     said = finetune("data", "check", str(path), "--json")
     if wanted["code"] is None:  # a fault of the whole file
         assert said.code == 3
-        (finding,) = json.loads(said.out)["findings"]
+        (finding,) = json.loads(said.out)["sources"][0]["findings"]
         assert finding["code"] in ("unreadable", "empty_file")
         assert finding["where"].startswith(str(path))
         assert finding["fix"]
         return
     severity = "warning" if wanted["code"] in WARNINGS else "error"
     assert said.code == (0 if severity == "warning" else 3)
-    (finding,) = json.loads(said.out)["findings"]
+    (finding,) = json.loads(said.out)["sources"][0]["findings"]
     place = f"{path}:{wanted['line']}"  # a blank line is no row
     assert (finding["row"], finding["where"], finding["severity"]) == (wanted["row"], place, severity)
     assert finding["code"] == wanted["code"]
@@ -69,7 +69,7 @@ def test_every_fault_of_a_file_comes_at_once(tmp_path: Path, script: Any) -> Non
     path.write_text("\n".join([GOOD, *rows, *["{"] * 100]))
     said = finetune("data", "check", str(path), "--json")
     assert said.code == 3
-    told = json.loads(said.out)
+    (told,) = json.loads(said.out)["sources"]
     assert told["summary"]["errors"] == len(told["findings"]) == len(rows) + 100
     assert told["summary"]["codes"]["broken_json"] == 102
     printed = finetune("data", "check", str(path))
@@ -93,7 +93,7 @@ def test_what_is_odd_is_a_warning(rows: list[dict[str, Any]], code: str, tmp_pat
     write_rows(tmp_path / "x.jsonl", rows)
     said = finetune("data", "check", str(tmp_path / "x.jsonl"), "--json")
     assert said.code == 0
-    found = json.loads(said.out)
+    (found,) = json.loads(said.out)["sources"]
     assert [finding["code"] for finding in found["findings"]] == [code]
     assert found["findings"][0]["severity"] == "warning"
     assert found["summary"]["trainable"] == len(rows)
@@ -110,7 +110,7 @@ def test_a_recipe_is_judged_with_its_own_tokenizer_window_and_training_rows(work
     write_rows(Path("eval.jsonl"), [chat("what is  3?", "3"), chat("new", "n")])
     said = finetune("data", "check", "r.yaml", "--json")
     assert said.code == 3
-    train, judged = json.loads(said.out)
+    train, judged = json.loads(said.out)["sources"]
     assert train["summary"]["codes"] == {"special_token": 1, "too_long": 1}
     assert judged["summary"]["codes"] == {"leak": 1}
     assert "training row 4 of train.jsonl but for white space" in judged["findings"][0]["message"]
@@ -141,7 +141,7 @@ def test_what_stands_before_the_unreadable_is_judged_too(tmp_path: Path) -> None
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, b"{", *[good] * 3, bad]))
     said = finetune("data", "check", str(tmp_path / "x.jsonl"), "--json")
     assert said.code == 3
-    told = json.loads(said.out)
+    (told,) = json.loads(said.out)["sources"]
     assert told["summary"]["codes"] == {"broken_json": 1, "duplicate": 3, "unreadable": 1}
     assert told["findings"][-1]["where"] == f"{tmp_path}/x.jsonl:6"
 
@@ -211,7 +211,7 @@ def test_pairs_can_be_checked_but_not_trained_by_a_recipe(work: Path) -> None:
     assert finetune("data", "check", "train.jsonl").code == 0
     said = finetune("data", "check", "r.yaml", "--json")
     assert said.code == 3
-    assert json.loads(said.out)[0]["summary"]["codes"] == {"ranked": 1}
+    assert json.loads(said.out)["sources"][0]["summary"]["codes"] == {"ranked": 1}
     said = finetune("plan", "r.yaml")
     assert (said.code, said.err.count("\n")) == (3, 1)
     assert "train.jsonl:1: this row ranks answers" in said.err
@@ -219,7 +219,7 @@ def test_pairs_can_be_checked_but_not_trained_by_a_recipe(work: Path) -> None:
 
 def test_text_that_the_tokenizer_composes_is_said_and_scored_as_composed(work: Path) -> None:
     write_rows(Path("train.jsonl"), [chat("a", "cafe\u0301"), chat("b", "caf\u00e9")])
-    train = json.loads(finetune("data", "check", "r.yaml", "--json").out)[0]
+    train = json.loads(finetune("data", "check", "r.yaml", "--json").out)["sources"][0]
     assert [(one["row"], one["code"]) for one in train["findings"]] == [(1, "normalised")]
     located, renderer = prepare.open_renderer(Path("r.yaml"), ())
     assert {renderer.question(row).answer for row in read_rows(Path("train.jsonl"))} == {"caf\u00e9"}
@@ -239,7 +239,7 @@ def test_no_message_shows_what_may_be_a_key(tmp_path: Path) -> None:
     ]  # fmt: skip
     (tmp_path / "x.jsonl").write_text("\n".join(rows))
     said = finetune("data", "check", str(tmp_path / "x.jsonl"), "--json")
-    assert json.loads(said.out)["summary"]["errors"] == 6
+    assert json.loads(said.out)["sources"][0]["summary"]["errors"] == 6
     assert KEY[:12] not in said.out
 
 

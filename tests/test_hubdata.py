@@ -405,7 +405,7 @@ def test_a_recipe_trains_on_a_data_set_of_the_hub(hub: DataHub, work: Path) -> N
     hub.commits[NEW]["test.jsonl"] = jsonl([chat("held", "x")])
     said = finetune("data", "check", REPO, "--json")
     assert said.code == 0, said.err
-    assert json.loads(said.out)["summary"]["trainable"] == 9
+    assert json.loads(said.out)["sources"][0]["summary"]["trainable"] == 9
     changes = (f"data.train_path={REPO}", f"data.eval_path={REPO}", "evaluate.metrics=[loss]", "train.steps=2")
     said = train(*changes)
     assert said.code == 0, said.err

@@ -63,7 +63,8 @@ def test_a_recipe_finds_near_leaks(work: Path) -> None:
     write_rows(
         Path("eval.jsonl"), [chat("NEW ", "n"), chat(LONG[:90].replace("dawn", "noon"), ANSWER[:60]), chat("a", "b")]
     )
-    train, judged = json.loads(finetune("data", "check", "r.yaml", "--json", "--set", "train.max_length=256").out)
+    said = finetune("data", "check", "r.yaml", "--json", "--set", "train.max_length=256")
+    train, judged = json.loads(said.out)["sources"]
     assert train["summary"]["codes"] == {}
     assert [(one["row"], one["code"]) for one in judged["findings"]] == [(1, "leak"), (2, "leak")]
 

@@ -117,7 +117,7 @@ def test_a_saved_data_set_is_read(work: Path) -> None:
     datasets.Dataset.from_list(rows).save_to_disk("saved")
     said = finetune("data", "check", "saved", "--json")
     assert said.code == 0, said.err
-    assert json.loads(said.out)["summary"]["trainable"] == 6
+    assert json.loads(said.out)["sources"][0]["summary"]["trainable"] == 6
     assert train("data.train_path=saved", *LOSS).code == 0
 
 
@@ -177,5 +177,5 @@ def test_messages_in_a_cell_are_json(work: Path) -> None:
     cells = "".join('"' + json.dumps(chat(f"{n}", "x")["messages"]).replace('"', '""') + '"\n' for n in range(5))
     Path("train.csv").write_text("messages\n" + cells + '"[{]"\n')
     said = finetune("data", "check", "train.csv", "--json")
-    told = json.loads(said.out)
+    (told,) = json.loads(said.out)["sources"]
     assert (told["summary"]["trainable"], told["summary"]["codes"]) == (5, {"broken_json": 1})

@@ -94,7 +94,13 @@ def test_a_log_gets_a_line_now_and_then_and_the_last(monkeypatch: pytest.MonkeyP
         now += 1
         progress(step, 30)
     lines = out.getvalue().splitlines()
-    assert lines == ["step 1/30  ETA 29s", "step 11/30  ETA 19s", "step 21/30  ETA 9s", "step 30/30"]
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines)
+    assert [line[20:] for line in lines] == [
+        "step 1/30  ETA 29s",
+        "step 11/30  ETA 19s",
+        "step 21/30  ETA 9s",
+        "step 30/30",
+    ]
     assert terminal._EVERY == 10
 
 
@@ -105,7 +111,39 @@ def test_a_resumed_run_counts_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> N
     progress = Progress(Terminal(out=out), "step", began=now, start=50)
     now += 20
     progress(60, 100, "loss 1.0")
-    assert out.getvalue() == "step 60/100  loss 1.0  ETA 1m20s\n"
+    assert out.getvalue()[20:] == "step 60/100  loss 1.0  ETA 1m20s\n"
+
+
+def test_a_terminal_sees_a_bar() -> None:
+    out = _Tty()
+    progress = Progress(Terminal(out=out), "step", start=0)
+    progress(0, 40)
+    progress(10, 40)
+    progress(40, 40)
+    drawn = [part.rstrip() for part in out.getvalue().split("\r")[1:]]
+    assert drawn == [f"step {'─' * 20} 0/40", f"step {'━' * 5}{'─' * 15} 10/40  ETA 0s", f"step {'━' * 20} 40/40"]
+    assert terminal.bar(0, 0) == terminal.bar(3, 2) == "━" * 20  # nothing to do, and more than was promised
+
+
+@pytest.mark.parametrize(
+    ("out", "no_color", "term", "colour"),
+    [(_Tty(), "", "xterm", True), (_Tty(), "1", "xterm", False), (_Tty(), "", "dumb", False),
+     (io.StringIO(), "", "xterm", False)],
+)  # fmt: skip
+def test_colours_are_for_terminals_that_want_them(
+    out: io.StringIO, no_color: str, term: str, colour: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
+    assert Terminal(out=out).colour is colour
+
+
+def test_silent_says_nothing() -> None:
+    out = io.StringIO()
+    shown = Terminal(out=out, silent=True)
+    shown.status("x", last=True)
+    shown.say("y")
+    assert out.getvalue() == ""
 
 
 def test_quiet_keeps_the_lines_only() -> None:

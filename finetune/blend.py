@@ -23,7 +23,7 @@ from finetune.model import Policy
 from finetune.run import Run
 from finetune.runfolder import RunFolder, atomic_folder, clear_leftovers_of, json_bytes, write_synced
 from finetune.shards import Reader
-from finetune.terminal import Progress, Terminal
+from finetune.terminal import ByteBar, Progress, Terminal
 
 RECORD = "blend.json"
 
@@ -189,7 +189,7 @@ def _opened(part: Part, terminal: Terminal) -> _Opened:
         raise ModelError("this is a weighted merge already", where, "name the runs that it was made of")
     if not files.identity.is_file() and (part.run / "config.json").is_file():
         raise ModelError("this is a merged model, without its adapter", where, "name the run that it was made of")
-    prepared, files = finished.open_run(part.run)
+    prepared, files = finished.open_run(part.run, terminal)
     kind = checkpoint.read_adapter(files.adapter).config.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{kind} has no weighted merge", where, "only LoRA runs can be merged with weights")
@@ -242,7 +242,7 @@ def _losses(opened: Sequence[_Opened], folder: Path, terminal: Terminal) -> list
         terminal.say("no run has held-out rows: what the merge lost is not measured")
         return [{"rows": 0} for _ in opened]
     first = opened[0].run
-    policy = model.load_base(first.base, first.form())
+    policy = model.load_base(first.base, first.form(), ByteBar(terminal, "loading the base").at)
     before = {each.name: _loss(policy, each.run.folder.adapter, [each], "alone")[0] for each in judged}
     after = dict(zip(before, _loss(policy, folder, judged, "merged"), strict=True))
     found: list[dict[str, Any]] = []

@@ -31,7 +31,7 @@ from finetune.errors import EnvironmentFault, FinetuneError, ModelError
 from finetune.loading import BaseForm
 from finetune.merge import FoldPlan
 from finetune.runfolder import json_bytes, read_json, remove, write_atomic, write_synced
-from finetune.terminal import Progress, Terminal, size
+from finetune.terminal import ByteBar, Progress, Terminal, size
 from finetune.trained import Trained
 
 PROVENANCE = "finetune.json"
@@ -74,7 +74,8 @@ def merge(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> dict[s
         return _already(out, wanted, asked.base, terminal)
     with unfinished.folder(out, made_of(given, asked), KEPT) as temporary:
         note, reason = make(given, temporary, asked, terminal)
-        manifest.write(temporary, manifest.digests(temporary))
+        bar = ByteBar.over(terminal, "digesting", temporary.rglob("*"))
+        manifest.write(temporary, manifest.digests(temporary, bar.more))
     if reason:
         raise FinetuneError(reason, str(out), "the folder is marked unusable (config.json.unusable)")
     kept = note["proof"]
@@ -96,8 +97,8 @@ def make(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> tuple[d
     """
     _check_room(out, bases.stored_bytes(given.base.tensors))
     wide = fits(given.base, WIDE)
-    policy = given.live(wide=wide)
-    expected = proof.distributions(policy, given.rows)
+    policy = given.live(terminal, wide=wide)
+    expected = proof.distributions(policy, given.rows, Progress(terminal, "asking the live model, batch"))
     del policy
     gc.collect()
     trained = checkpoint.read_adapter(given.folder)
@@ -213,7 +214,8 @@ def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, term
     merged, compute = bases.inspect(folder), given.form.compute
     wide = proof_form(merged, given.form)
     policy = (model.load_base if fits(merged, wide) else model.stream_base)(merged, wide)
-    compared = proof.compare(expected, proof.distributions(policy, given.rows), proof.MEAN_KL[choice])
+    asking = Progress(terminal, "asking the merged model, batch")
+    compared = proof.compare(expected, proof.distributions(policy, given.rows, asking), proof.MEAN_KL[choice])
     result = {"proof": compared, "holds": compared.holds, "reason": ""}
     if not compared.holds:
         result["reason"] = f"the merged model differs: mean KL {compared.mean_kl:.2e} nats, bound {compared.bound:.0e}"
@@ -228,7 +230,7 @@ def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, term
     if form != wide:  # its rows are scored as those of the live model were
         del policy
         gc.collect()
-        policy = model.load_base(merged, form)
+        policy = model.load_base(merged, form, ByteBar(terminal, "loading the merged model").at)
     bars: dict[str, Progress] = {}
 
     def show(what: str, done: int, of: int) -> None:

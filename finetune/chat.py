@@ -23,7 +23,7 @@ def load(folder: Path, terminal: Terminal) -> Policy:
         compute = "bf16" if machine.bf16 else "fp32"
         form = loading.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
         return model.load_base(found, form)
-    prepared, files = finished.open_run(folder)
+    prepared, files = finished.open_run(folder, terminal)
     policy = finished.live(prepared, files, terminal)[1]
     policy.renderer.thinking = prepared.recipe.data.thinking  # asks as the run was trained to be asked
     return policy

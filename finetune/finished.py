@@ -11,10 +11,10 @@ from finetune.prepare import Prepared
 from finetune.proof import UNUSABLE
 from finetune.run import Run
 from finetune.runfolder import RunFolder
-from finetune.terminal import Terminal
+from finetune.terminal import ByteBar, Terminal
 
 
-def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
+def open_run(folder: Path, terminal: Terminal) -> tuple[Prepared, RunFolder]:
     """A finished run, from its own files alone; its base and data must be those that it trained on.
 
     Raises:
@@ -37,7 +37,8 @@ def open_run(folder: Path) -> tuple[Prepared, RunFolder]:
         fix = "go to the folder where the run was started, whose files its recipe names"
         raise RecipeError.of([fault._replace(fix=fix) for fault in error.faults]) from None
     stored = identity.read(files.identity)
-    if prepared.base is None or stored is None or prepared.base.digests() != stored.base:
+    bar = ByteBar.over(terminal, "verifying the base", prepared.base.files() if prepared.base else ())
+    if prepared.base is None or stored is None or prepared.base.digests(bar.more) != stored.base:
         raise ModelError("the base is not the one that this run trained on", prepared.recipe.model, "put it back")
     now = gather.digests(prepared.recipe)
     for path in sorted({*stored.data, *now}):
@@ -51,5 +52,5 @@ def live(prepared: Prepared, files: RunFolder, terminal: Terminal) -> tuple[Run,
     assert prepared.base is not None
     this = Run(prepared, terminal, identity.read(files.identity))
     this.folder = files
-    policy = model.attach_saved(model.load_base(prepared.base, this.form()), files.adapter)
-    return this, policy
+    base = model.load_base(prepared.base, this.form(), ByteBar(terminal, "loading the base").at)
+    return this, model.attach_saved(base, files.adapter)

@@ -51,7 +51,7 @@ def faults(folder: Path) -> list[str]:
     return found
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Every file below ``folder`` by its path in it."""
+def digests(folder: Path, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+    """Every file below ``folder`` by its path in it; ``progress`` as of ``digest``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    return {str(path.relative_to(folder)): digest(path) for path in files}
+    return {str(path.relative_to(folder)): digest(path, progress) for path in files}

@@ -161,7 +161,7 @@ def merged(base: Base, form: BaseForm, folder: Path) -> Check:
         files = {checkpoint.PROVENANCE: json_bytes(made), checkpoint.ADAPTER: weights, checkpoint.CONFIG: config}
         checkpoint.write_folder(folder / "adapter", files)
         quiet = Terminal(out=io.StringIO(), quiet=True)
-        certify.merge(trained.of_adapter(folder / "adapter"), out, certify.Asked(base="replayed"), quiet)
+        certify.merge(trained.of_adapter(folder / "adapter", quiet), out, certify.Asked(base="replayed"), quiet)
     except FinetuneError as error:
         why = str(error)
     note = read_json(out / certify.PROVENANCE)

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from finetune.terminal import Progress, Terminal
+from finetune.terminal import Terminal
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Overrides = Annotated[
@@ -25,8 +24,6 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON object; what a person reads goes to standard error")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress; with --json print nothing but the object")]
-_WORTH_A_BAR = 1_000_000_000
-"""Bytes: about two seconds of reading."""
 
 
 def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
@@ -39,21 +36,6 @@ def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
 def terminal(*, quiet: bool, as_json: bool = False) -> Terminal:
     """Where a verb tells a person what it does."""
     return Terminal(out=sys.stderr if as_json else sys.stdout, quiet=quiet, silent=quiet and as_json)
-
-
-def reading(screen: Terminal, label: str, folder: Path) -> Callable[[int], None]:
-    """A progress over the bytes of a folder, shown where reading them takes a while; any thread may tell it."""
-    of = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    bar, done, one = Progress(screen, f"{label}, MB"), 0, threading.Lock()
-
-    def more(count: int) -> None:
-        nonlocal done
-        with one:
-            done += count
-            if of > _WORTH_A_BAR:
-                bar(done // 1_000_000, of // 1_000_000)
-
-    return more
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -199,7 +199,7 @@ def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:
     """Judge a finished run's adapter and its base on the run's held-out rows, fresh."""
     from finetune import evaluate, finished
 
-    prepared, files = finished.open_run(folder)
+    prepared, files = finished.open_run(folder, terminal)
     if prepared.held_out is None:
         raise EnvironmentFault("this run has no held-out rows", str(folder), "set data.eval_path or data.eval_fraction")
     this, policy = finished.live(prepared, files, terminal)

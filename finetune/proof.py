@@ -6,7 +6,7 @@ Compared are the whole next-token distributions at the supervised positions: mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,15 +45,22 @@ class Proof:
         return asdict(self) | {"holds": self.holds}
 
 
-def distributions(policy: Policy, examples: Sequence[Example]) -> torch.Tensor:
-    """Log-probabilities at the first supervised positions of the examples. → [positions, vocabulary], fp32."""
+def distributions(
+    policy: Policy, examples: Sequence[Example], progress: Callable[[int, int], None] = lambda done, of: None
+) -> torch.Tensor:
+    """Log-probabilities at the first supervised positions of the examples. → [positions, vocabulary], fp32.
+
+    ``progress``: batches done, of how many.
+    """
     found: list[torch.Tensor] = []
     with policy.evaluating():
-        for chosen in _batches(examples):
+        batches = _batches(examples)
+        for number, chosen in enumerate(batches, 1):
             batch = sft.collate(chosen).to(policy.device)
             hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
             logits = wide(policy.head(hidden[batch.predictors]))
             found.append(logits.log_softmax(dim=-1).cpu())
+            progress(number, len(batches))
     return torch.cat(found)[:POSITIONS]
 
 

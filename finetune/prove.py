@@ -21,7 +21,7 @@ from finetune.base import Base
 from finetune.dataset import Example
 from finetune.errors import EnvironmentFault, FinetuneError, ModelError
 from finetune.objectives import sft
-from finetune.terminal import Terminal
+from finetune.terminal import Progress, Terminal
 from finetune.trained import Trained
 
 BOUND = 1e-3
@@ -117,13 +117,14 @@ def _answers(one: Model, pair: Sequence[Model], samples: Sequence[Example], term
     """[positions, vocabulary] log-probabilities, fp32."""
     if one.base is None:
         return _of_gguf(one.path, samples, terminal)
+    asking = Progress(terminal, f"asking {one.path.name}, batch")
     if one.given is not None:
-        return proof.distributions(one.given.live(wide=certify.fits(one.base, certify.WIDE)), samples)
+        return proof.distributions(one.given.live(terminal, wide=certify.fits(one.base, certify.WIDE)), samples, asking)
     other = next((each.given for each in pair if each.given is not None), None)
     narrow = replace(certify.WIDE, weights="bf16", compute="bf16", device=hardware.detect().device)
     form = certify.proof_form(one.base, other.form if other is not None else narrow)
     fits = certify.fits(one.base, form)
-    return proof.distributions((model.load_base if fits else model.stream_base)(one.base, form), samples)
+    return proof.distributions((model.load_base if fits else model.stream_base)(one.base, form), samples, asking)
 
 
 def _of_gguf(path: Path, samples: Sequence[Example], terminal: Terminal) -> torch.Tensor:

@@ -19,7 +19,7 @@ from finetune.fetch import disk
 from finetune.fetch.access import Access
 from finetune.interrupts import StopRequest, stop_requests
 from finetune.runfolder import read_json
-from finetune.terminal import Terminal, clean, size
+from finetune.terminal import ByteBar, Terminal, clean, size
 from finetune.upload import Meter, Source, coded, open_way, settled
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def push(
         Interrupted: stopped on request.
     """
     terminal.status(f"checking {folder}", last=True)
-    release = _opened(folder)
+    release = _opened(folder, terminal)
     way = open_way(repo, revision or "main")
     with stop_requests() as stop, settled():
         from huggingface_hub import HfApi
@@ -102,12 +102,12 @@ def push(
     return {"repo": way.repo, "commit": commit, "url": f"{way.where}/tree/{commit}", "changed": commit != head}
 
 
-def _opened(folder: Path) -> Release:
+def _opened(folder: Path, terminal: Terminal) -> Release:
     if (folder / _UNUSABLE).exists():
         what = "it is marked unusable: its merge did not pass the proof"
         raise ModelError(what, str(folder), "merge and release anew")
     try:
-        found = verify.faults(folder)
+        found = verify.faults(folder, ByteBar.over(terminal, "verifying", folder.rglob("*")).more)
     except verify.NoRelease as error:
         raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None
     if found:

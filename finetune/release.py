@@ -17,7 +17,7 @@ from finetune.exporters import adapter
 from finetune.prepare import Prepared
 from finetune.recipe import flatten, yamlfile
 from finetune.runfolder import RunFolder, json_bytes, read_json, write_synced
-from finetune.terminal import Terminal
+from finetune.terminal import ByteBar, Terminal
 from finetune.terms import Terms
 
 PARTS = {"merged": ("merged",), "adapter": ("adapter",), "both": ("merged", "adapter")}
@@ -65,7 +65,8 @@ def release(
             _copy_adapter(files, temporary if parts == ("adapter",) else temporary / "adapter")
         if parts == ("adapter",):
             layouts.copy_tokenizer(given.base, temporary)
-        _describe(prepared, files, (temporary, out.name), parts, found, {**merged, "asked": digest})
+        made = _describe(prepared, files, (temporary, out.name), parts, found, {**merged, "asked": digest})
+        seal.write(temporary, made, ByteBar.over(terminal, "digesting", temporary.rglob("*")).more)
         if key is not None:
             seal.sign(temporary, key)
     terminal.say(f"release: {out}   check it: finetune verify {out}, or sha256sum -c SHA256SUMS inside it")
@@ -94,8 +95,8 @@ def _copy_adapter(files: RunFolder, to: Path) -> None:
 
 def _describe(
     prepared: Prepared, files: RunFolder, to: tuple[Path, str], parts: tuple[str, ...], found: Terms, merged: Any
-) -> None:
-    """Licence, notice, card, manifest and digests."""
+) -> dict[str, Any]:
+    """Licence, notice and card; → the release's provenance."""
     recipe, (folder, name) = prepared.recipe, to
     identity = read_json(files.identity)
     made = {
@@ -122,7 +123,7 @@ def _describe(
     )  # fmt: skip
     write_synced(folder / "README.md", card.text().encode())
     write_synced(folder / ".gitattributes", _ATTRIBUTES)
-    seal.write(folder, made)
+    return made
 
 
 def _vllm_rank(files: RunFolder) -> int:

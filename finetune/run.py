@@ -16,7 +16,7 @@ from finetune.loop import Course
 from finetune.model import Policy
 from finetune.prepare import Prepared
 from finetune.runfolder import RunFolder
-from finetune.terminal import Progress, Terminal
+from finetune.terminal import ByteBar, Progress, Terminal
 
 Known = list[tuple[evaluate.HeldOut, evaluate.How, evaluate.Judged]]
 
@@ -39,19 +39,11 @@ class Run:
 
     def _identity(self, digests: dict[str, str] | None) -> Identity:
         chosen = self.prepared.plan
-        total = sum(path.stat().st_size for path in self.base.files())
-        shown, done = Progress(self.terminal, "reading the base, MB"), 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
-            if total > 2e9:
-                shown(done // 1_000_000, total // 1_000_000)
-
+        bar = ByteBar.over(self.terminal, "verifying the base", self.base.files())
         return Identity(
             recipe=dict(recipe.flatten(self.prepared.recipe)),
             data=gather.digests(self.prepared.recipe),
-            base=digests or self.base.digests(tick),
+            base=digests or self.base.digests(bar.more),
             resolved={
                 "compute": chosen.compute,
                 "recompute": chosen.recompute,

@@ -6,7 +6,7 @@ import base64
 import json
 import tempfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,11 +18,11 @@ _KEY_HINT = "make one: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:
 _NO_SIGSTORE = "cannot sign through Sigstore: "
 
 
-def write(folder: Path, provenance: dict[str, Any]) -> None:
+def write(folder: Path, provenance: dict[str, Any], progress: Callable[[int], None] = lambda count: None) -> None:
     """Write ``manifest.json`` (replacing one that is there) and ``SHA256SUMS`` over all files now in ``folder``.
 
     ``provenance`` says where the model comes from (base, data, recipe, lock); JSON values only. Every file is flushed
-    to the disk before it is listed.
+    to the disk before it is listed. ``progress`` as of ``verify.faults``.
 
     Raises:
         ModelError: something that no release can hold: links, empty folders, names that a receiver's file system or
@@ -42,7 +42,7 @@ def write(folder: Path, provenance: dict[str, Any]) -> None:
         raise ModelError.of(faults)
     for name in payload:
         sync_file(folder / name)
-    digests, unreadable = verify.digests(folder, payload)
+    digests, unreadable = verify.digests(folder, payload, progress)
     if unreadable:
         raise ModelError.of([Fault(text, str(folder)) for text in unreadable])
     written = json_bytes({"release": verify.FORMAT, "sha256": digests, "provenance": provenance})

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from finetune.errors import EnvironmentFault, Fault, FinetuneError, ModelError
-from finetune.options import AsJson, Quiet, RunPath, print_json, reading, terminal
+from finetune.options import AsJson, Quiet, RunPath, print_json, terminal
+from finetune.terminal import ByteBar
 
 _BASES, _LAYOUTS = ("auto", "replayed", "original"), ("native", "original")
 _EXPORTS = ("adapter", "huggingface", "gguf", "ollama", "original")
@@ -189,7 +190,7 @@ def verify(
 
     screen = terminal(quiet=quiet, as_json=as_json)
     try:
-        faults = checks.faults(folder, reading(screen, "verifying", folder))
+        faults = checks.faults(folder, ByteBar.over(screen, "verifying", folder.rglob("*")).more)
         faults += signature.check_signature(folder, key) if key is not None else []
     except checks.NoRelease as error:
         raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None

@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 _EVERY = 10.0
@@ -19,6 +22,8 @@ _EVERY = 10.0
 
 _BAR = 20
 """Characters of a bar."""
+_WORTH_A_BAR = 1_000_000_000
+"""Bytes that take a second or two to read."""
 
 
 def clean(text: str, limit: int = 200) -> str:
@@ -119,6 +124,28 @@ class Progress:
         eta = f"  ETA {duration(spent / worked * (of - done))}" if worked > 0 and done < of else ""
         drawn = f" {bar(done, of)}" if self.terminal.live else ""
         self.terminal.status(f"{self.label}{drawn} {done}/{of}{'  ' + extra if extra else ''}{eta}", last=done >= of)
+
+
+class ByteBar:
+    """Progress over bytes, in MB, where there are enough of them to wait for. Any thread may tell it."""
+
+    def __init__(self, terminal: Terminal, label: str, of: int = 0) -> None:
+        self._shown, self._of, self._done, self._one = Progress(terminal, f"{label}, MB"), of, 0, threading.Lock()
+
+    @classmethod
+    def over(cls, terminal: Terminal, label: str, files: Iterable[Path]) -> ByteBar:
+        """Of what these files hold; folders among them count nothing."""
+        return cls(terminal, label, sum(path.stat().st_size for path in files if path.is_file()))
+
+    def more(self, count: int) -> None:
+        """So many bytes more, of the whole that was said."""
+        with self._one:
+            self._done += count
+            self.at(self._done, self._of)
+
+    def at(self, done: int, of: int) -> None:
+        if of > _WORTH_A_BAR:
+            self._shown(done // 1_000_000, of // 1_000_000)
 
 
 def bar(done: int, of: int) -> str:

@@ -30,7 +30,7 @@ from finetune.prepare import Prepared
 from finetune.run import Known, Run
 from finetune.runfolder import RunFolder, remove, sync_file
 from finetune.runpage import Pages
-from finetune.terminal import Progress, Terminal, size
+from finetune.terminal import ByteBar, Progress, Terminal, size
 
 _ALONE = "go on with each alone: --set adapters=NAME"
 
@@ -165,7 +165,7 @@ def _steps(students: Sequence[Student], start: int, session: Session, stop: Stop
     run = students[0].run
     terminal, chosen = run.terminal, run.prepared.plan
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
-    base = model.load_base(run.base, run.form(), training.loading_bar(run))
+    base = model.load_base(run.base, run.form(), ByteBar(run.terminal, "loading the base").at)
     # Who is finished takes no part; all others do, also one that only has to be written and judged.
     seated = [
         _seat(student, base, start, session)

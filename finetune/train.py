@@ -7,7 +7,6 @@ The order of writes makes every moment resumable: identity first, then checkpoin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +36,7 @@ from finetune.runfolder import (
     write_json,
 )
 from finetune.runpage import Pages
-from finetune.terminal import Progress, Terminal
+from finetune.terminal import ByteBar, Terminal
 
 
 def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False, until: int | None = None) -> RunFolder:
@@ -103,7 +102,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
     terminal, chosen = run.terminal, run.prepared.plan
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
-    policy = attach(run, model.load_base(run.base, run.form(), loading_bar(run)))
+    policy = attach(run, model.load_base(run.base, run.form(), ByteBar(terminal, "loading the base").at))
     optimizer, scaler = optimizer_of(run, policy)
     start = resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
@@ -173,13 +172,6 @@ def finish(run: Run, steps: int) -> None:
     """The last file of a run: its adapter is written and judged."""
     digest = manifest.digest(run.folder.adapter / checkpoint.ADAPTER)
     write_json(run.folder.finished, {"steps": steps, "adapter": digest})
-
-
-def loading_bar(run: Run) -> Callable[[int, int], None] | None:
-    """Progress in MB for a base that takes a while to read."""
-    shown = Progress(run.terminal, "reading the base, MB")
-    large = sum(tensor.bytes for tensor in run.base.tensors.values()) > 2e9
-    return (lambda done, total: shown(done // 1_000_000, total // 1_000_000)) if large else None
 
 
 def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:

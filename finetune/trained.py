@@ -38,7 +38,7 @@ from finetune.model import Policy
 from finetune.renderer import Renderer
 from finetune.run import Run
 from finetune.runfolder import read_json
-from finetune.terminal import Terminal
+from finetune.terminal import ByteBar, Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,12 +73,12 @@ class Trained:
     run: Run | None
     by_peft: bool = False
 
-    def live(self, *, wide: bool = False) -> Policy:
+    def live(self, terminal: Terminal, *, wide: bool = False) -> Policy:
         """The trained model as it trained; ``wide``: the same weights, activations in fp32.
 
         Raises as ``model.attach_saved``.
         """
-        base = model.load_base(self.base, self.form)
+        base = model.load_base(self.base, self.form, ByteBar(terminal, "loading the base").at)
         if wide:
             # What is packed stays packed, and is dequantised as it was. The model's own ``float`` refuses to do this.
             torch.nn.Module.float(base.model)
@@ -98,7 +98,7 @@ def of(folder: Path, terminal: Terminal, **bare: Any) -> Trained:
         ModelError: it is neither, or already merged; more as of the two below.
     """
     if (folder / "adapter_config.json").is_file():
-        return of_adapter(folder, **bare)
+        return of_adapter(folder, terminal, **bare)
     if (folder / "config.json").is_file():
         note = read_json(folder / checkpoint.PROVENANCE) or {}
         what = (
@@ -113,7 +113,7 @@ def of(folder: Path, terminal: Terminal, **bare: Any) -> Trained:
 
 def of_run(folder: Path, terminal: Terminal) -> Trained:
     """A finished run's. Raises as ``finished.open_run``."""
-    prepared, files = finished.open_run(folder)
+    prepared, files = finished.open_run(folder, terminal)
     run = Run(prepared, terminal, identity.read(files.identity))
     run.folder = files
     held_out = prepared.held_out
@@ -125,8 +125,9 @@ def of_run(folder: Path, terminal: Terminal) -> Trained:
 
 
 def of_adapter(
-    folder: Path, *, name: str | None = None, quantised_as: str | None = None, rows: Path | None = None
-) -> Trained:
+    folder: Path, terminal: Terminal, *,
+    name: str | None = None, quantised_as: str | None = None, rows: Path | None = None,
+) -> Trained:  # fmt: skip
     """A bare adapter folder's: ours, a weighted merge, or another program's in PEFT's format.
 
     Args:
@@ -152,7 +153,7 @@ def of_adapter(
     base = bases.inspect(found.folder, record.get("rope"))
     if faults := merge.empty(checkpoint.read_adapter(folder).weights):
         raise ModelError.of([fault._replace(where=str(folder)) for fault in faults[:20]])
-    digests = base.digests()
+    digests = base.digests(ByteBar.over(terminal, "verifying the base", base.files()).more)
     if known["sha256"] and known["sha256"] != digests:
         raise ModelError("the base is not the one that this adapter was trained on", asked, "name that one: --model")
     form = _form(record.get("form"), quantised_as, base)

@@ -78,7 +78,7 @@ def refused(*given: str, kind: type[FinetuneError] = ModelError) -> list[str]:
 
 def own_loss(run: Path, adapter: Path) -> float:
     """The run's held-out rows, judged with an adapter on a base of its own."""
-    prepared, files = finished.open_run(run)
+    prepared, files = finished.open_run(run, Terminal(io.StringIO(), quiet=True))
     this, _ = finished.live(prepared, files, Terminal(io.StringIO(), quiet=True))
     policy = model.attach_saved(model.load_base(this.base, this.form()), adapter)
     how = evaluate.How(

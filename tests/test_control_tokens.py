@@ -127,7 +127,7 @@ def test_trained_resumed_merged_and_exported_exactly(original: Path, weights: st
         changed = (after[name] != before[name]).any(dim=1).nonzero().squeeze(1)
         assert changed.tolist() == where.tolist(), name
     # Plain PEFT on the live base and the merged folder say the same.
-    prepared, files = finished.open_run(OUTPUT)
+    prepared, files = finished.open_run(OUTPUT, Terminal(quiet=True))
     live = finished.live(prepared, files, Terminal(quiet=True))[1]
     prompt = torch.tensor([[*where.tolist(), 17, 80, where[0], 9, 201, 66, 12, 7]])
     from transformers import AutoModelForCausalLM

@@ -98,7 +98,7 @@ def test_tests_mirror_the_package() -> None:
         "messages": "formats/test_chat", "rowcheck": "test_conversation", "datacli": "test_datacheck",
         "card": "test_release", "shipcli": "test_cli", "export": "test_release", "upload": "test_push",
         "llamaruntime": "test_prove", "terms": "test_release", "signature": "test_verify",
-        "options": "test_cli", "joint_plan": "test_together", "runresult": "test_runpage",
+        "joint_plan": "test_together", "runresult": "test_runpage",
         "runsections": "test_runpage",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",

@@ -107,7 +107,7 @@ def test_the_merged_folder_is_the_trained_model(
 
     # Every stored weight is PEFT's own, rounded once to the base's dtype.
     found = bases.inspect(MERGED)
-    prepared, files = finished.open_run(OUTPUT)
+    prepared, files = finished.open_run(OUTPUT, Terminal(quiet=True))
     run, live = finished.live(prepared, files, Terminal(quiet=True))
     wanted = _peftmerge_run(work / "base", OUTPUT / "adapter", run.form())
     stored = {name: value for shard in found.shards for name, value in load_file(MERGED / shard).items()}
@@ -139,7 +139,7 @@ def test_plain_peft_reads_the_adapter(work: Path, overrides: list[str]) -> None:
 
     assert runs.train("train.steps=1", "quantize.weights=fp32", "evaluate.metrics=[loss]", *overrides).code == 0
     awake(OUTPUT / "adapter")
-    prepared, files = finished.open_run(OUTPUT)
+    prepared, files = finished.open_run(OUTPUT, Terminal(quiet=True))
     _, live = finished.live(prepared, files, Terminal(quiet=True))
     plain = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
     plain = PeftModel.from_pretrained(plain, str(OUTPUT / "adapter")).eval()

@@ -67,7 +67,7 @@ def test_trained_merged_and_proven_in_either_layout(original: Path) -> None:
         assert torch.equal(value, qwen1.tensors(back)[name]), name
     assert {path.name for path in back.glob("*.safetensors")} == {p.name for p in Path("base").glob("*.safetensors")}
     # Both answer as the live model.
-    prepared, files = finished.open_run(OUTPUT)
+    prepared, files = finished.open_run(OUTPUT, Terminal(quiet=True))
     live = finished.live(prepared, files, Terminal(quiet=True))[1]
     ids = torch.tensor([[5, 250, 17, 80, 44, 3, 120, 9, 201, 66, 12, 7]])
     with live.evaluating():

@@ -133,7 +133,7 @@ class Train(Section):
     kernels: Literal["auto", "off"] = Field(
         default="auto", description="fast paths of the training step; off computes as transformers and PEFT do"
     )
-    compile: Literal["auto", True, False] = Field(
+    compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile of the pointwise parts of a layer; auto: nowhere until measured"
     )
     save_every: Positive = Field(default=50, description="steps between checkpoints")

@@ -167,6 +167,11 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:12:3: data.eval_fraction",
         "together with eval_path",
     ),
+    "a number where true was meant": (
+        swap("  seed: 7", "  compile: 1"),
+        "r.yaml:19:3: train.compile",
+        "must be true or false or auto; found 1",
+    ),
     "compile without kernels": (
         swap("  seed: 7", "  kernels: off\n  compile: true"),
         "r.yaml:20:3: train.compile",

@@ -25,6 +25,7 @@ from finetune.kernels import (
 )
 from finetune.loading import BaseForm, Change
 from finetune.renderer import Renderer
+from finetune.sampling import GREEDY, Sampling
 
 _FILL = 64
 """On a CPU a pack is filled up to a multiple of so many tokens: oneDNN compiles a product for each number of rows that
@@ -125,18 +126,25 @@ class Policy:
             for value in frozen:
                 value.requires_grad_(False)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None) -> list[list[int]]:
-        """Greedy answers to a batch of prompts, without the stop token. Call inside ``evaluating``."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None,
+        sampling: Sampling = GREEDY, numbers: Sequence[int] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """Answers to a batch of prompts, without the stop token. Call inside ``evaluating``.
+
+        ``numbers``: which draw of the seed each answer is (its place in the batch). What ``streamer`` raises ends it.
+        """
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        stops = self.stop_ids()
+        stops, drawn = self.stop_ids(), sampling.processors(range(len(prompts)) if numbers is None else numbers)
         dense = frozen_linear.held_dense(self.model) if ids.device.type == "cpu" else contextlib.nullcontext()
         with dense, _contiguous_input(self.head):
             out = self.causal_lm.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
                 eos_token_id=stops, pad_token_id=pad, temperature=None, top_p=None, top_k=None, streamer=streamer,
+                logits_processor=drawn,
             )  # fmt: skip
         return [_until(row, stops) for row in out[:, longest:].tolist()]
 

@@ -133,6 +133,7 @@ class Policy:
         """Answers to a batch of prompts, without the stop token. Call inside ``evaluating``.
 
         ``numbers``: which draw of the seed each answer is (its place in the batch). What ``streamer`` raises ends it.
+        Penalties that the base's generation_config.json names do not count: greedy is the argmax of the logits.
         """
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -144,7 +145,7 @@ class Policy:
             out = self.causal_lm.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
                 eos_token_id=stops, pad_token_id=pad, temperature=None, top_p=None, top_k=None, streamer=streamer,
-                logits_processor=drawn,
+                logits_processor=drawn, repetition_penalty=None, no_repeat_ngram_size=None,
             )  # fmt: skip
         return [_until(row, stops) for row in out[:, longest:].tolist()]
 

@@ -1,85 +1,250 @@
-"""A minimal conversation with a finished run's model or a merged folder."""
+"""A conversation in the terminal with a run's model, or with its base and its adapter side by side.
+
+Answers go to standard output and everything else to standard error, so that a pipe holds answers alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune import manifest
-from finetune.conversation import Conversation, Turn
-from finetune.errors import ModelError
-from finetune.model import Policy
-from finetune.terminal import Terminal, clean
+from finetune import answer
+from finetune.answer import Answer
+from finetune.conversation import Turn
+from finetune.errors import DataError, ModelError
+from finetune.session import NUMBERS, Session, Settings, Side
+from finetune.terminal import Terminal, clean, clean_lines
+
+_BLOCK = '"""'
+"""Opens and closes a message of several lines."""
+_WIDE = 100
+"""Columns from which two answers fit beside each other."""
+_HELP = """\
+/new, or an empty line    begin anew
+/undo                     take the last question and its answer back
+/system TEXT              begin anew under this system prompt (without TEXT: under none)
+/save FILE                append the conversation to FILE, as a chat row to train on
+/quit, or Ctrl-D          leave; Ctrl-C ends an answer
+\"\"\"                       opens and closes a message of several lines; // begins one with a slash"""
 
 
-def load(folder: Path, terminal: Terminal) -> Policy:
-    """The policy of a run folder, or of a plain model folder."""
-    from finetune import base, finished, hardware, loading, model
+def talk(
+    folder: Path, settings: Settings, out: Terminal, notes: Terminal, *, compare: bool = False,
+    message: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Converse until the input ends, or answer ``message`` alone. → the conversations, for ``--json``.
 
-    if (folder / "config.json").is_file():
-        _refuse_damaged(folder)
-        found, machine = base.inspect(folder), hardware.detect()
-        compute = "bf16" if machine.bf16 else "fp32"
-        form = loading.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
-        return model.load_base(found, form)
-    prepared, files = finished.open_run(folder, terminal)
-    policy = finished.live(prepared, files, terminal)[1]
-    policy.renderer.thinking = prepared.recipe.data.thinking  # asks as the run was trained to be asked
-    return policy
+    Raises:
+        ModelError: no model is there, or ``compare`` where there is no adapter.
+        DataError: a message that cannot be asked, where nobody is there to write another.
+    """
+    if compare and (folder / "config.json").is_file():
+        raise ModelError("a model folder has no adapter to compare with", str(folder), "give the run's folder")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    session = Session(answer.load(folder, notes), settings, compare)
+    chat = _Chat(session, out, notes)
+    if message is None:
+        chat.converse()
+    else:
+        chat.ask(message)
+    asked = {word.replace("-", "_"): value for word, value in settings.shown().items()}
+    return {"folder": str(folder), "settings": asked, "conversations": session.rows()}
 
 
-def _refuse_damaged(folder: Path) -> None:
-    """A merged folder that says what belongs in it must hold just that."""
-    faults = manifest.faults(folder) if (folder / manifest.NAME).is_file() else []
-    if faults:
-        raise ModelError(faults[0], str(folder), "merge again")
+class _CtrlC(Exception):  # noqa: N818 - an event
+    pass
 
 
-def talk(folder: Path, terminal: Terminal, max_new_tokens: int = 256) -> None:
-    """Read lines until end of input; the whole conversation is the context. Greedy answers, streamed."""
-    policy = load(folder, terminal)
-    terminal.say("type a message; an empty line starts anew, Ctrl-D ends")
-    turns: tuple[Turn, ...] = ()
-    while True:
-        sys.stdout.write("> ")
-        sys.stdout.flush()
+class _Chat:
+    def __init__(self, session: Session, out: Terminal, notes: Terminal) -> None:
+        self._session, self._out, self._notes = session, out, notes
+        self._typed = sys.stdin.isatty()
+
+    def converse(self) -> None:
+        """Until the end of the input or ``/quit``."""
+        if self._typed:
+            self._hint("type a message; /help lists what else, an empty line begins anew, Ctrl-D ends")
+        while True:
+            try:
+                text = self._message()
+            except _CtrlC:
+                self._notes.say("\n(Ctrl-D or /quit leaves)")
+                continue
+            if text is None or text == "/quit":
+                return
+            try:
+                self._heed(text)
+            except (DataError, OSError) as error:
+                if not self._typed:
+                    raise
+                self._notes.say(clean(str(error)))
+
+    def _hint(self, text: str) -> None:
+        if not self._notes.quiet:
+            self._notes.say(text)
+
+    def _heed(self, text: str) -> None:
+        if not text or text == "/new":
+            self._session.anew()
+        elif text.startswith("/") and not text.startswith("//"):
+            self._command(*text[1:].partition(" ")[::2])
+        else:
+            self.ask(text.removeprefix("/") if text.startswith("//") else text)
+
+    def _command(self, word: str, rest: str) -> None:
+        rest, settings = rest.strip(), self._session.settings
+        if word == "undo":
+            self._session.undo()
+        elif word == "system":
+            settings.system = rest
+            self._session.anew()
+        elif word == "save" and rest:
+            self._session.save(Path(rest).expanduser())
+            self._notes.say(f"saved: {clean(rest)}")
+        elif word in NUMBERS and rest:
+            try:
+                settings.change(word, rest)
+            except ValueError as error:
+                raise DataError(str(error)) from None
+        elif word == "help":
+            now = settings.shown()
+            self._notes.say(_HELP)
+            for name in NUMBERS:
+                self._notes.say(f"/{name + ' N':<25}now {now[name]}")
+        else:
+            raise DataError(f"no such command: {clean('/' + word)}", "", "/help lists them; // begins a message")
+
+    def ask(self, text: str) -> None:
+        """Ask, and print each side's answer. A conversation that has outgrown the model begins anew with this question.
+
+        Raises:
+            DataError: the question alone is too long, or the template cannot render it.
+        """
+        session, question = self._session, Turn("user", text)
+        try:
+            prompts = session.prompts(question)
+        except DataError as error:
+            if not session.begun:
+                raise
+            self._notes.say(f"{clean(error.faults[0].what)}: the conversation begins anew with this message")
+            session.anew()
+            prompts = session.prompts(question)
+        with _ctrl_c_ends_the_answer() as stopped:
+            answers = self._answers(prompts, stopped)
+        session.record(question, answers)
+        if any(said.ended == "length" for said in answers):
+            longest = max(len(said.ids) for said in answers)
+            more = longest >= session.settings.max_new_tokens
+            why = "--max-new-tokens, or /max-new-tokens here, allows more" if more else "the model's context ends there"
+            self._hint(f"(cut at {longest} tokens: {why})")
+
+    def _answers(self, prompts: list[tuple[int, ...]], stopped: Callable[[], bool]) -> list[Answer]:
+        speaker, asking = self._session.speaker, self._session.settings.asking()
+
+        def one(side: Side, prompt: tuple[int, ...], say: Callable[[str], None]) -> Answer:
+            return speaker.answer(prompt, asking, say, adapter=side.adapter, stopped=stopped)
+
+        asked = list(zip(self._session.sides, prompts, strict=True))
+        if self._session.compare and self._out.live and _console(self._out).width >= _WIDE:
+            answers = [one(side, prompt, self._counting(side.name)) for side, prompt in asked]
+            self._notes.say()
+            columns([side.name for side, _ in asked], [said.text for said in answers], _console(self._out))
+            return answers
+        answers = []
+        for side, prompt in asked:
+            if self._session.compare:
+                self._out.say(f"[{side.name}]")
+            answers.append(one(side, prompt, lambda text: self._out.write(clean_lines(text))))
+            self._out.say()
+        return answers
+
+    def _counting(self, name: str) -> Callable[[str], None]:
+        """Says how far an answer is that is shown when it is whole."""
+        count = 0
+
+        def say(text: str) -> None:
+            nonlocal count
+            count += len(text)
+            self._notes.status(f"{name}: {count} characters")
+
+        return say
+
+    def _message(self) -> str | None:
+        """The next message, without the white space around it; None at the end of the input."""
+        with _ctrl_c_clears_the_line():
+            line = self._line("> ")
+            if line is None or not line.strip().startswith(_BLOCK):
+                return line if line is None else line.strip()
+            lines = [line.strip().removeprefix(_BLOCK)]
+            while not lines[-1].rstrip().endswith(_BLOCK) and (line := self._line(". ")) is not None:
+                lines.append(line)
+            return "\n".join(lines).rstrip().removesuffix(_BLOCK).strip("\n")
+
+    def _line(self, sign: str) -> str | None:
+        """The next line, with line editing where somebody types it into a terminal that shows it."""
+        if self._typed and sys.stdout.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - input() edits lines once it is there
+            with contextlib.suppress(EOFError):
+                return input(sign)
+            self._notes.say()
+            return None
+        if self._typed:
+            self._notes.write(sign)
         line = sys.stdin.readline()
-        if not line:
-            terminal.say()
-            return
-        if not line.strip():
-            turns = ()
-            continue
-        turns = (*turns, Turn(role="user", content=line.strip()))
-        prompt = policy.renderer.prompt(Conversation(turns))
-        room = policy.positions - len(prompt)
-        if room < 1:
-            terminal.say(f"this conversation has outgrown the model's {policy.positions} positions: it starts anew")
-            turns = ()
-            continue
-        with policy.evaluating():
-            ids = policy.generate([prompt], min(max_new_tokens, room), _Stream(policy))[0]
-        terminal.say()
-        turns = (*turns, Turn(role="assistant", content=policy.tokenizer.decode(ids, skip_special_tokens=True)))
+        return line.rstrip("\r\n") if line else None
 
 
-class _Stream:
-    """Prints an answer as it grows; transformers calls ``put`` with new ids and ``end`` at the end."""
+def columns(names: list[str], texts: list[str], console: Any) -> None:
+    """Texts beside each other, each under its name, in equal columns of the terminal."""
+    from rich.table import Table
+    from rich.text import Text
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy, self._ids, self._shown, self._prompt = policy, [], "", True  # type: tuple[Policy, list[int], str, bool]
+    table = Table(box=None, expand=True, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*(Text(clean_lines(text)) for text in texts))
+    console.print(table)
 
-    def put(self, value: Any) -> None:
-        if self._prompt:
-            self._prompt = False
-            return
-        self._ids += value.reshape(-1).tolist()
-        text = self._policy.tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            sys.stdout.write(clean(text[len(self._shown) :], 10_000))
-            sys.stdout.flush()
-            self._shown = text
 
-    def end(self) -> None:
-        sys.stdout.write("\n")
+def _console(terminal: Terminal) -> Any:
+    from rich.console import Console
+
+    return Console(file=terminal.out, markup=False, highlight=False, emoji=False)
+
+
+@contextlib.contextmanager
+def _ctrl_c_ends_the_answer() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only makes what is given true; a second one leaves the program."""
+    asked = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    with _on_ctrl_c(handle):
+        yield lambda: asked
+
+
+def _ctrl_c_clears_the_line() -> contextlib.AbstractContextManager[None]:
+    def handle(number: int, frame: object) -> None:
+        raise _CtrlC
+
+    return _on_ctrl_c(handle)
+
+
+@contextlib.contextmanager
+def _on_ctrl_c(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    former = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)

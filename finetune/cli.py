@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from finetune import __version__, datacli, hardware, runcli, shipcli, startcli
+from finetune import __version__, datacli, hardware, runcli, shipcli, startcli, talkcli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
 from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
 from finetune.terminal import Terminal, clean
@@ -119,16 +119,8 @@ def eval_(run: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
         print_json({"run": str(run), "scores": found})
 
 
-for _verb in (*startcli.VERBS, *shipcli.VERBS, *runcli.VERBS):
+for _verb in (*startcli.VERBS, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS):
     app.command()(_verb)
-
-
-@app.command()
-def chat(run: RunPath) -> None:
-    """Talk to a finished run's model, or to a merged folder."""
-    from finetune import pipeline
-
-    pipeline.chat(run, Terminal())
 
 
 @app.command()

@@ -284,13 +284,6 @@ def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
     conversion.convert(source, out, layout, terminal)
 
 
-def chat(folder: Path, terminal: Terminal) -> None:
-    """Talk to a finished run's model or to a merged folder."""
-    from finetune import chat as conversation
-
-    conversation.talk(folder, terminal)
-
-
 def dashboard(runs: Path, port: int, terminal: Terminal) -> None:
     """Serve the local dashboard of the runs below a folder."""
     from finetune import dashboard as viewer

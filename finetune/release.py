@@ -131,7 +131,7 @@ def _vllm_rank(files: RunFolder) -> int:
     read = checkpoint.read_adapter(files.adapter)
     if read.config.get("use_rslora") or adapter.refusals(read.config, read.weights, "vllm"):
         return 0
-    return adapter.rank(read.weights)
+    return adapter.vllm_rank(read.weights)
 
 
 def _changes(base: str, parts: tuple[str, ...], merged: dict[str, Any]) -> list[str]:

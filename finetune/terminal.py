@@ -32,6 +32,19 @@ def clean(text: str, limit: int = 200) -> str:
     return kept if len(kept) <= limit else kept[: limit - 1] + "…"
 
 
+_JOINERS = "\u200c\u200d"
+"""Persian and Indic words and joined emoji are spelt with them; they move nothing on a screen."""
+
+
+def clean_lines(text: str) -> str:
+    """Printable text that keeps its lines, for answers with lists or code. May be given piece by piece.
+
+    Tabs become four spaces, carriage returns nothing, other signs that are not printable a space.
+    """
+    text = text.replace("\t", "    ").replace("\r", "")
+    return "".join(char if char.isprintable() or char == "\n" or char in _JOINERS else " " for char in text)
+
+
 def size(count: float) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
@@ -81,6 +94,13 @@ class Terminal:
             return
         self._erase()
         self._write(text + "\n")
+
+    def write(self, text: str) -> None:
+        """A part of a line."""
+        if self.silent:
+            return
+        self._erase()
+        self._write(text)
 
     def _write(self, text: str) -> None:
         """Print; a reader that has gone away (``| head``) is no reason to stop the work."""

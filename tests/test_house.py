@@ -13,7 +13,22 @@ PACKAGE = Path(__file__).resolve().parents[1] / "finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
-ENTRANCE = ["cli", "startcli", "datacli", "shipcli", "runcli", "options", "pipeline", "chat"]
+ENTRANCE = [
+    "cli",
+    "startcli",
+    "datacli",
+    "shipcli",
+    "runcli",
+    "talkcli",
+    "options",
+    "pipeline",
+    "chat",
+    "serve",
+    "endpoint",
+    "openai_api",
+    "session",
+    "answer",
+]
 ROAD = [
     "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",

@@ -98,7 +98,7 @@ def test_the_card_says_how_it_is_served(published: Path) -> None:
     """Only as it can be: an engine that reads no rsLoRA flag would serve another model."""
     card = (OUT / "README.md").read_text()
     assert "`vllm serve .`" in card
-    assert "`vllm serve base --enable-lora --max-lora-rank 4 --lora-modules adapter=adapter`" in card
+    assert "`vllm serve base --enable-lora --max-lora-rank 8 --lora-modules adapter=adapter`" in card
     assert "`finetune export . --to ollama --out DIR`" in card
     config = json.loads((OUTPUT / "adapter" / "adapter_config.json").read_text())
     (OUTPUT / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
@@ -216,7 +216,7 @@ def test_an_adapter_is_exported_for_its_consumer(finished: Path) -> None:
 
     said = finetune("export", str(OUTPUT), "--out", str(OUT), "--target", "vllm")
     assert said.code == 0, said.err
-    assert "--max-lora-rank 4" in said.out
+    assert "--max-lora-rank 8" in said.out
     assert {path.name for path in OUT.iterdir()} >= {"adapter_config.json", "tokenizer.json", "manifest.json"}
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (OUT, OUTPUT / "adapter"))
     assert one.keys() == two.keys()

@@ -59,11 +59,16 @@ def refusals(config: dict[str, Any], weights: dict[str, torch.Tensor], target: s
     return found
 
 
-def rank(weights: dict[str, torch.Tensor]) -> int:
-    """The largest rank of the adapter's modules."""
-    return max(_ranks(weights).values(), default=0)
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank (its ``vllm/config/lora.py``; newer versions know 1 too)."""
+
+
+def vllm_rank(weights: dict[str, torch.Tensor]) -> int:
+    """The least value of --max-lora-rank that the adapter's modules fit under."""
+    largest = max(_ranks(weights).values(), default=0)
+    return next((size for size in _VLLM_RANKS if size >= largest), largest)
 
 
 def advice(weights: dict[str, torch.Tensor], target: str) -> str:
     """What the consumer must be told beside the folder."""
-    return f"start vLLM with --enable-lora --max-lora-rank {rank(weights)}" if target == "vllm" else ""
+    return f"start vLLM with --enable-lora --max-lora-rank {vllm_rank(weights)}" if target == "vllm" else ""

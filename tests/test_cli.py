@@ -220,44 +220,6 @@ def test_eval_without_held_out_rows_says_so(work: Path) -> None:
     assert "this run has no held-out rows" in said.err
 
 
-def test_chat_answers_until_the_input_ends(finished: Path) -> None:
-    said = finetune("chat", str(OUTPUT), stdin="What is 3 and 4?\nAnd now?\n\nWhat is 3 and 4?\n")
-    assert (said.code, said.err) == (0, "")
-    first, second, _, third = (part.split("\n")[0] for part in said.out.split("> ")[1:5])
-    assert first
-    assert first == third  # an empty line starts anew
-    assert finetune("chat", str(OUTPUT), stdin="What is 3 and 4?\n").out.split("> ")[1].split("\n")[0] == first
-    assert second != ""
-
-
-def test_chat_with_a_merged_folder(finished: Path) -> None:
-    assert finetune("merge", str(OUTPUT), "--out", "merged").code == 0
-    said = finetune("chat", "merged", stdin="What is 3 and 4?\n")
-    assert (said.code, said.err) == (0, "")
-    assert said.out.split("> ")[1].split("\n")[0]
-
-
-def test_what_a_model_says_is_cleaned(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.model import Policy
-
-    def hostile(self: Policy, prompts: Any, max_new_tokens: int, streamer: Any = None) -> list[list[int]]:
-        import torch
-
-        streamer.put(torch.tensor(prompts))
-        ids = self.tokenizer.encode(HOSTILE, add_special_tokens=False)
-        for token in ids:
-            streamer.put(torch.tensor([token]))
-        streamer.end()
-        return [ids]
-
-    monkeypatch.setattr(Policy, "generate", hostile)
-    said = finetune("chat", str(OUTPUT), stdin="hi\n")
-    assert said.code == 0
-    assert "red" in said.out
-    assert all(char.isprintable() or char == "\n" for char in said.out)
-    assert "\u202e" not in said.out
-
-
 def test_summary_says_what_to_type_next(finished: Path) -> None:
     said = finetune("summary", str(OUTPUT), str(time.time() - 90))
     assert said.code == 0

@@ -148,7 +148,9 @@ def test_a_conversation_that_has_outgrown_the_model_begins_anew(
 
 def test_saved_conversations_are_rows_to_train_on(awake: Path, scripted: list[tuple[int, bool]]) -> None:
     Path("mine.jsonl").write_text(json.dumps(runs.chat("old", "row")))  # without a newline at its end
-    lines = 'a\n"""\nb\n\n  c\n"""\n/save mine.jsonl\n/system Sei kurz: é.\n//etc/hosts?\n/save mine.jsonl\n/quit\nnever\n'
+    lines = (
+        'a\n"""\nb\n\n  c\n"""\n/save mine.jsonl\n/system Sei kurz: é.\n//etc/hosts?\n/save mine.jsonl\n/quit\nnever\n'
+    )
     said = finetune("chat", RUN, stdin=lines)
     assert (said.code, len(scripted)) == (0, 3)
     rows = [row.conversation.turns for row in runs.read_rows(Path("mine.jsonl"))]
@@ -173,9 +175,7 @@ def test_base_and_adapter_answer_the_same_turn_each_with_its_own_history(awake: 
     assert [message["role"] for message in base["messages"]] == ["user", "assistant"] * 2
 
 
-def test_two_answers_under_each_other_where_there_is_no_terminal(
-    awake: Path, scripted: list[tuple[int, bool]]
-) -> None:
+def test_two_answers_under_each_other_where_there_is_no_terminal(awake: Path, scripted: list[tuple[int, bool]]) -> None:
     said = finetune("chat", RUN, "--compare", "base", stdin="a\n/undo\na\n")
     assert said.out == "[base]\nbase 1\n[adapter]\nanswer 2\n[base]\nbase 3\n[adapter]\nanswer 4\n"
     assert [adapter for _, adapter in scripted] == [False, True] * 2

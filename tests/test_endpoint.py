@@ -270,13 +270,15 @@ def hostile() -> list[bytes]:
         "tools": [1, "x", {}, [1], [{}], [{"function": {}}], [{"function": {"name": 5}}], [{"function": {"name": ""}}]],
         "tool_choice": ["required", {}, 1, {"type": "function", "function": {"name": "f"}}],
         "parallel_tool_calls": [False, 0, "x"], "response_format": [{"type": "json_object"}, {}, 1, "text"],
-        "reasoning_effort": ["high"], "audio": [{}], "modalities": [["text"]], "__class__": [1], "": [1], "\x1b[2J": [1],
+        "reasoning_effort": ["high"], "audio": [{}], "modalities": [["text"]], "__class__": [1], "": [1],
+        "\x1b[2J": [1],
     }  # fmt: skip
     good = {"model": "tiny", "messages": QUESTION, "max_tokens": 2}
     bodies = [json.dumps(good | {key: value}).encode() for key, values in wrong.items() for value in values]
     deep = b"[" * 100_000
     bodies += [
-        b"", b" ", b"null", b"[]", b'"x"', b"1", b"{", b"{}", b"\x00", b"\xff\xfe", b'{"model": NaN}', deep, b'{"a":' + deep,
+        b"", b" ", b"null", b"[]", b'"x"', b"1", b"{", b"{}", b"\x00", b"\xff\xfe", b'{"model": NaN}', deep,
+        b'{"a":' + deep,
         b'{"model":"tiny","messages":' + b"[" * 900 + b"]" * 900 + b"}", b"1" * 5000, b'{"model":"tiny"}',
         b"model=tiny&messages=x", "\ufeff{}".encode("utf-16"), b'{"model": "\xed\xa0\x80"}', b"<xml/>",
     ]  # fmt: skip

@@ -160,7 +160,7 @@ def refused(error: FinetuneError) -> Refusal:
     """What cannot be asked of the model, as an answer."""
     what, _, fix = error.faults[0]
     code = "context_length_exceeded" if "positions" in what else None
-    return Refusal(400, f"{what}; {fix}" if fix else what, param="messages", code=code)
+    return Refusal(400, f"{what}; {fix}" if fix else what, code=code)
 
 
 @dataclass(frozen=True)

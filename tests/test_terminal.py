@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune import terminal
-from finetune.terminal import Progress, Terminal, amount, clean, duration, size
+from finetune.terminal import Progress, Terminal, amount, clean, clean_lines, duration, size
 
 
 def test_every_character_that_steers_a_terminal_is_taken_out() -> None:
@@ -21,6 +21,16 @@ def test_every_character_that_steers_a_terminal_is_taken_out() -> None:
         char = chr(code)
         if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
             assert clean(f"a{char}b") == "a b", hex(code)
+
+
+def test_an_answer_keeps_its_lines_and_nothing_else_that_steers_a_terminal() -> None:
+    for code in range(0x110000):
+        char = chr(code)
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+            kept = {"\n": "\n", "\t": "    ", "\r": "", "\u200c": "\u200c", "\u200d": "\u200d"}.get(char, " ")
+            assert clean_lines(f"a{char}b") == f"a{kept}b", hex(code)
+    text = "1. eins\r\n2. zwei\n\n```\n    x = 'é 日本 🧑\u200d💻'\n```\n"
+    assert clean_lines(text) == text.replace("\r", "") == "".join(map(clean_lines, text))
 
 
 @pytest.mark.parametrize("text", ["plain", "Ünïcode", "日本語", "🙂", "a  b", "«»", "שלום", "e\u0301"])

@@ -14,7 +14,7 @@ from finetune.errors import DataError, ModelError
 from finetune.model import Policy
 from finetune.rowcheck import LONE_SURROGATE
 from finetune.sampling import GREEDY, Sampling
-from finetune.terminal import Terminal
+from finetune.terminal import ByteBar, Terminal
 
 _UNFINISHED = "\ufffd"
 """What a text ends with while a character still lacks some of its bytes."""
@@ -185,7 +185,7 @@ def load(folder: Path, terminal: Terminal) -> Speaker:
         found, machine = base.inspect(folder), hardware.detect()
         compute = "bf16" if machine.bf16 else "fp32"
         form = loading.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
-        speaker = Speaker(model.load_base(found, form), _name(folder))
+        speaker = Speaker(model.load_base(found, form, ByteBar(terminal, "loading the model").at), _name(folder))
     else:
         prepared, files = finished.open_run(folder, terminal)
         policy = finished.live(prepared, files, terminal)[1]

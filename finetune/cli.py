@@ -5,6 +5,7 @@ Imports no torch: ``--help`` and a faulty recipe are answered before any of it l
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -138,13 +139,35 @@ def report(run: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
 
 @app.command()
 def dashboard(
-    runs: Annotated[Path, typer.Argument(help="the folder that holds the runs")] = Path("runs"),
+    runs: Annotated[Path, typer.Argument(help="a run, or the folder that holds the runs")] = Path("runs"),
     port: Annotated[int, typer.Option("--port", help="0 takes the first free one", min=0, max=65535)] = 0,
+    viewer: Annotated[
+        Literal["trackio", "wandb", "tensorboard"] | None,
+        typer.Option("--viewer", help="which one; without it that of the newest record"),
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="print where all runs stand, from their own files")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="as --text, again every few seconds until Ctrl-C")] = False,
+    every: Annotated[float, typer.Option("--every", help="seconds between two looks of --watch", min=0.1)] = 3.0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Open the local dashboard of all runs, on this machine only."""
-    from finetune import pipeline
+    """Open the local viewer of what the runs recorded; with --text, --watch or --json tell where all of them stand."""
+    from finetune import runtable
 
-    pipeline.dashboard(runs, port, Terminal())
+    if watch and as_json:
+        raise typer.BadParameter("it is one object: leave --watch out", param_hint="--json")
+    if as_json:
+        print_json(runtable.to_dict(runs))
+    elif watch:
+        with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+            runtable.watch(runs, sys.stdout, every)
+    elif text:
+        for line in runtable.lines(runs):
+            typer.echo(line)
+    else:
+        from finetune import dashboard as viewers
+
+        viewers.show(runs, port, viewer, terminal(quiet=quiet))
 
 
 @app.command(name="schema")

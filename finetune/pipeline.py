@@ -282,10 +282,3 @@ def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
     from finetune import convert as conversion
 
     conversion.convert(source, out, layout, terminal)
-
-
-def dashboard(runs: Path, port: int, terminal: Terminal) -> None:
-    """Serve the local dashboard of the runs below a folder."""
-    from finetune import dashboard as viewer
-
-    viewer.show(runs, port, terminal)

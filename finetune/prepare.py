@@ -95,7 +95,7 @@ def prepare_all(
     runs = recipe.locate_all(path, overrides)
     if len(runs) > 1:
         joint_plan.refuse_unroutable(runs)
-    found = [_prepared(one, machine, True, card, progress) for one in runs]
+    found = [_prepared(one, machine, True, card, progress, joint=len(runs) > 1) for one in runs]
     if len(found) == 1:
         return found
     names = [one.located.name for one in found]
@@ -108,13 +108,16 @@ def prepare_all(
 
 
 def _prepared(
-    located: Located, machine: Hardware, training: bool, card: float | None, progress: dataset.Progress
-) -> Prepared:
+    located: Located, machine: Hardware, training: bool, card: float | None, progress: dataset.Progress,
+    *, joint: bool = False,
+) -> Prepared:  # fmt: skip
     if training:
         _refuse_place(located)
+    output = Path(located.recipe.output)
+    remarks = devices.remarks(located.recipe.tracker, output.parent if joint else output) if training else []
     found = source.find(located.recipe.model, located.recipe.revision)
     if found is None:
-        return _by_numbers(located, machine, must_fit=card is not None)
+        return _by_numbers(located, machine, remarks, must_fit=card is not None)
     base = _inspect(located, found.folder)
     renderer = _renderer(located, base)
     gathered = gather.gather(located.recipe, renderer, progress)
@@ -123,7 +126,7 @@ def _prepared(
     load = _load(located.recipe, gathered, len(renderer.tokenizer))
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
-        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes],
+        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks],
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
@@ -158,7 +161,7 @@ def _refuse_place(located: Located) -> None:
     if blocked is not None:
         raise RecipeError(f"{blocked} is a file", located.where("output"), "name a folder")
     RunFolder(output).refuse_foreign()
-    devices.refuse_missing(chosen.tracker, located.where("tracker"))
+    devices.refuse_unusable(chosen.tracker, located.where("tracker"))
     processors = os.cpu_count() or 1
     if chosen.train.workers > processors:
         what = f"{chosen.train.workers} processes on {processors} processors"
@@ -184,7 +187,7 @@ def _refuse_long_answers(located: Located, base: Base, held_out: HeldOut | None)
         raise RecipeError(what, located.where("evaluate.max_new_tokens"), "lower it")
 
 
-def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepared:
+def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, must_fit: bool) -> Prepared:
     """A model that is not on the disk: the plan comes from committed config numbers, or from its config on the hub."""
     name, rope = located.recipe.model, located.recipe.rope
     known = known_models.find(name)
@@ -204,7 +207,7 @@ def _by_numbers(located: Located, machine: Hardware, *, must_fit: bool) -> Prepa
         "token counts, and so steps per epoch and time: they need the tokenizer",
         "whether the base has learned its template's control tokens: that is seen in the weights",
     )
-    made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked)
+    made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked, notes=notes)
     return Prepared(
         located=located, hardware=machine, base=None, shape=shape, load=None, plan=made, commit=None, samples=None,
         held_out=None,

@@ -24,6 +24,7 @@ from finetune.errors import EnvironmentFault
 
 _OURS = {".lock", "identity.json"}
 _LEFTOVER = re.compile(r"\.tmp-\d+(-old|-unpacked)?$")
+_GLANCE = 0.2  # seconds to wait for a lock: who looks whether a run is under way (``ended``) holds it for an instant
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -86,8 +87,8 @@ class RunFolder:
         return self.root / "finished.json"
 
     @property
-    def trackers(self) -> Path:
-        return self.root / "trackers"
+    def stopped(self) -> Path:
+        return self.root / "stopped.json"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -99,7 +100,7 @@ class RunFolder:
         make_folder(self.root)
         lock = FileLock(self.root / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_GLANCE, poll_interval=_GLANCE / 10)
         except Timeout:
             what, fix = "another finetune process is working in this folder", "wait for it or stop it"
             raise EnvironmentFault(what, str(self.root), f"{fix}, or give the recipe another `output:`") from None

@@ -9,7 +9,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-from finetune import datashow, runresult, runsections, runstory
+from finetune import datashow, ended, runresult, runsections, runstory
 from finetune.datashow import safe
 from finetune.errors import EnvironmentFault, FinetuneError
 from finetune.runfolder import PAGE, RunFolder, write_atomic
@@ -173,15 +173,4 @@ def rewrite(root: Path) -> list[Path]:
     """
     members = sorted(path.parent for path in root.glob("*/identity.json"))
     folders = [root] if (root / "identity.json").is_file() or not members else members
-    return [write(RunFolder(folder), training=_under_way(RunFolder(folder))) for folder in folders]
-
-
-def _under_way(folder: RunFolder) -> bool:
-    """Whether a process works in the folder."""
-    if not folder.identity.is_file():
-        return False
-    try:
-        with folder.lock():
-            return False
-    except EnvironmentFault:
-        return True
+    return [write(RunFolder(folder), training=ended.under_way(RunFolder(folder))) for folder in folders]

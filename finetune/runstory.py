@@ -146,12 +146,18 @@ def _bytes(path: Path) -> bytes:
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines; a torn or foreign line is passed over."""
     for line in _bytes(path).splitlines():  # of text it would also split at U+2028, which an answer may hold
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict):
+        found = parsed(line)
+        if found is not None:
             yield found
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object of one JSON line, None where it is something else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _curves(path: Path) -> dict[str, list[tuple[float, float]]]:

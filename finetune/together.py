@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, datasample, devices, hardware, lockstep, metrics, model, runpage, shared_base
+from finetune import checkpoint, datasample, devices, ended, hardware, lockstep, metrics, model, runpage, shared_base
 from finetune import train as training
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
@@ -121,7 +121,10 @@ def _train(runs: Sequence[Run], terminal: Terminal, root: Path, extend: bool) ->
         config = {f"{one.name}.{key}": value for one in students for key, value in one.run.identity.recipe.items()}
         session = devices.start(first.recipe.tracker, root, root.name, config, first.plan.device)
         try:
-            _steps(students, start, session, stop)
+            with contextlib.ExitStack() as notes:
+                for run in runs:
+                    notes.enter_context(ended.noting(run.folder))
+                _steps(students, start, session, stop)
         finally:
             session.finish()
             _report(runs, terminal)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, datasample, devices, fallback, manifest, metrics, model, runpage
+from finetune import checkpoint, datasample, devices, ended, fallback, manifest, metrics, model, runpage
 from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
@@ -72,7 +72,8 @@ def _train(run: Run, terminal: Terminal, extend: bool, until: int | None) -> Run
             prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, prepared.plan.device
         )
         try:
-            _steps(run, course, session, stop, until)
+            with ended.noting(run.folder):
+                _steps(run, course, session, stop, until)
         finally:
             session.finish()
             runpage.keep(run.folder, terminal)
@@ -114,6 +115,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
         run.judge(policy, f"step {start}")
     if pause is not None and pause <= start:
         terminal.say(f"this run stands at step {start} of {total}: nothing to do until step {pause}")
+        ended.note(run.folder, ended.PAUSED, f"at step {start}, as asked")
         return
     events = fallback.steps(run, policy, course, optimizer, start, scaler)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
@@ -135,6 +137,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
             if asked:
                 raise stop.interrupted(f"step {done} of {total} is saved in {run.folder.root}")
             if done == pause:
+                ended.note(run.folder, ended.PAUSED, f"at step {done}, as asked")
                 terminal.say(f"paused after step {done} of {total}, as asked; without --until the command goes on")
                 return
     write_adapter(run, policy)

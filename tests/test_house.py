@@ -33,8 +33,8 @@ ROAD = [
     "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
-    "comparepage", "compare", "runview", "together", "train", "probe", "fallback", "run", "runpage", "runresult",
-    "runsections", "runstory", "datasample", "look", "prepare",
+    "comparepage", "compare", "runtable", "runview", "together", "train", "probe", "fallback", "run", "runpage",
+    "runresult", "runsections", "runstory", "datasample", "look", "prepare",
     "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
@@ -44,8 +44,9 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "plot", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "terminal", "halving",
-    "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation", "signature", "verify",
+    "plot", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "ended", "terminal",
+    "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation", "signature",
+    "verify",
     "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]

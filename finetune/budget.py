@@ -235,4 +235,5 @@ def output_bytes(recipe: Recipe, tensors: Sequence[Tensors]) -> int:
     """Checkpoints hold the adapter and the optimizer's state; one more is being written while the last are kept."""
     adapter = 4 * sum(one.parameters for one in tensors)
     saved = optimizer.saved_bytes(recipe.train.optimizer, tensors)
-    return (recipe.train.keep_last + 1) * (adapter + saved) + adapter + 10_000_000
+    best = adapter if recipe.evaluate.keep == "best" else 0
+    return (recipe.train.keep_last + 1) * (adapter + saved) + adapter + best + 10_000_000

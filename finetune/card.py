@@ -13,6 +13,7 @@ Facts = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """What a card is made of. ``scores``: name → numbers; ``provenance``: the manifest's; ``parts``: what is in it;
+    ``end``: what is to be said of the run's end where evaluations chose it;
     ``vllm_rank``: the adapter's, 0 where vLLM cannot load it as it is."""
 
     name: str
@@ -24,6 +25,7 @@ class Card:
     chat: bool
     thinking: str
     vllm_rank: int = 0
+    end: tuple[str, ...] = ()
 
     def text(self) -> str:
         """README.md: the header that the hub reads, then facts for people."""
@@ -104,7 +106,11 @@ class Card:
             exact = f"{found['exact_match']:.3f} ({low:.3f} – {high:.3f})" if "exact_match" in found else "–"
             loss = f"{found['loss']:.4f}" if "loss" in found else "–"
             lines.append(f"| {name} | {exact} | {loss} | {found.get('rows', '–')} |")
-        return lines
+        return [*lines, *self._end()]
+
+    def _end(self) -> list[str]:
+        """Where training stopped early, and whose step's adapter this is."""
+        return ["", *(f"{one[0].upper()}{one[1:]}." for one in self.end)] if self.end else []
 
     def _terms(self) -> list[str]:
         licence = self.terms.licence

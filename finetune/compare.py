@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import bootstrap, runview
+from finetune import bootstrap, evals, runview
 from finetune.errors import EnvironmentFault
 from finetune.runview import Judgement, View
 from finetune.terminal import clean
@@ -172,7 +172,7 @@ def _sentence(measure: str, found: Mapping[str, Any]) -> str:
     rows = f"{found['rows']} rows" + (f" ({left} that only one was judged on are left out)" if left else "")
     if found["answer"] == "equal":
         return f"{what}: no difference on any of {rows}"
-    sign = 1 if measure == "exact_match" else -1
+    sign = -1 if measure in evals.LOWER_IS_BETTER else 1
     low, high = sorted((sign * found["low"], sign * found["high"]))
     words = {"better": "yes", "worse": "no, it is worse", "cannot tell": "cannot tell"}[found["answer"]]
     return (

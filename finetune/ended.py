@@ -13,6 +13,8 @@ from finetune.errors import FinetuneError, Interrupted
 from finetune.runfolder import RunFolder, read_json, remove, write_json
 from finetune.terminal import clean
 
+AFTER, LAST = "after", "last"
+"""Names of judgements: of the adapter that a run ends with; of its last step's, where another step's may be kept."""
 RUNNING, FINISHED, PAUSED, INTERRUPTED, FAILED = "running", "finished", "paused", "interrupted", "failed"
 _WHY = 400
 
@@ -52,13 +54,48 @@ def noting(folder: RunFolder) -> Iterator[None]:
         raise
 
 
+def at_step(step: int) -> str:
+    """The name of the judgement after a step on the way."""
+    return f"step {step}"
+
+
 def end(folder: RunFolder) -> dict[str, Any]:
     """finished.json of a run that is at the end of the course in its plan; empty where it is not, or goes on beyond.
 
-    ``steps`` were done, of a course of ``of`` steps where it was stopped early.
+    ``steps`` were done; of a course of ``of`` steps where the run was ``stopped`` early: ``by`` a metric, which had not
+    been better by more than ``threshold`` for ``patience`` evaluations, not ``since`` a step. ``kept``: the ``step``
+    whose adapter it is, with the ``value`` of the metric, and its ``last`` one.
     """
     done, plan = _object(folder.finished), _object(folder.plan)
-    return done if plan.get("steps") in (done.get("of", done.get("steps")), None) else {}
+    whole = done.get("of", done.get("steps"))
+    return done if isinstance(done.get("steps"), int) and plan.get("steps") in (whole, None) else {}
+
+
+def sentences(end: dict[str, Any]) -> list[str]:
+    """What is to be said of an end that was chosen by evaluations; nothing of any other."""
+    steps, of, stopped, kept = end.get("steps"), end.get("of"), end.get("stopped"), end.get("kept")
+    said = []
+    if isinstance(stopped, dict):
+        by, more = _word(stopped.get("by")), stopped.get("threshold")
+        beyond = f" by more than {more:g}" if isinstance(more, int | float) and more else ""
+        said.append(
+            f"stopped early after step {steps} of {of}: {by} has not improved{beyond} for {stopped.get('patience')} "
+            f"evaluations, since step {stopped.get('since')}"
+        )
+    if isinstance(kept, dict):
+        by = _word(kept.get("by"))
+        value, last = _shown(kept.get("value")), _shown(kept.get("last"))
+        other = f"; last: step {steps} ({by} {last})" if kept.get("step") != steps else ", the last"
+        said.append(f"kept: step {kept.get('step')} ({by} {value}){other}")
+    return [clean(one, _WHY) for one in said]
+
+
+def _word(metric: Any) -> str:
+    return str(metric).replace("_", " ")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "unknown"
 
 
 def state(folder: RunFolder) -> tuple[str, str]:

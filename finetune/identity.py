@@ -14,6 +14,8 @@ from finetune.errors import DataError, EnvironmentFault, Fault, FinetuneError, M
 from finetune.runfolder import read_json, write_json
 
 LENGTHS = ("train.steps", "train.epochs")
+_LONGER = (*LENGTHS, "evaluate.early_stopping_patience")
+"""What may change where a run is lengthened; ``run`` says whether it is longer by it."""
 _FREE = ("tracker", "output", "train.workers")
 """What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved."""
 
@@ -66,7 +68,7 @@ def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list
     Raises:
         RecipeError, DataError, ModelError: with each key or file that differs.
     """
-    free = (*_FREE, *LENGTHS) if extend else _FREE
+    free = (*_FREE, *_LONGER) if extend else _FREE
     keys = [key for key in _differences(old.recipe, new.recipe) if key not in free]
     faults = [
         Fault(f"was {old.recipe.get(key)!r}, is {new.recipe.get(key)!r} now", f"{folder}: {key}", _fix(key, old, new))
@@ -102,7 +104,7 @@ def _joined(old: Identity, new: Identity, folder: Path) -> list[Fault]:
 def _fix(key: str, old: Identity, new: Identity) -> str:
     before, now = old.recipe.get(key), new.recipe.get(key)
     shorter = isinstance(before, int | float) and isinstance(now, int | float) and now < before
-    if key in LENGTHS and not shorter:
+    if key in _LONGER and not shorter:
         return "add --extend to lengthen this run, or give another `output:`"
     return "put it back to go on with this run, or give another `output:`"
 

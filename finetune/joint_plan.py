@@ -62,6 +62,13 @@ def refuse_unroutable(runs: Sequence[Located]) -> None:
         for key, (why, fix) in _UNROUTABLE.items()
         if run.recipe.adapter.fields.get(key)
     ]
+    for run in runs:
+        wanted = run.recipe.evaluate
+        for key, used in (("keep", wanted.keep == "best"),
+                          ("early_stopping_patience", wanted.early_stopping_patience is not None)):  # fmt: skip
+            if used:
+                what = f"several adapters are trained to their ends, and their last steps kept (adapter {run.name})"
+                faults.append(Fault(what, run.where(f"evaluate.{key}"), f"remove it, {_ALONE}"))
     if faults:
         raise RecipeError.of(faults)
 

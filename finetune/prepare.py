@@ -126,7 +126,8 @@ def _prepared(
     load = _load(located.recipe, gathered, len(renderer.tokenizer))
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
-        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks],
+        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks,
+               *_may_end_early(located.recipe)],
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
@@ -166,6 +167,12 @@ def _refuse_place(located: Located) -> None:
     if chosen.train.workers > processors:
         what = f"{chosen.train.workers} processes on {processors} processors"
         raise EnvironmentFault(what, located.where("train.workers"), f"at most {processors} here")
+
+
+def _may_end_early(chosen: Recipe) -> list[str]:
+    patience, every = chosen.evaluate.early_stopping_patience, chosen.evaluate.every
+    said = f"after {patience} evaluations, one every {every} steps, without a better {chosen.evaluate.best_by}"
+    return [] if patience is None else [f"the run may end early: steps and time are at most these; it ends {said}"]
 
 
 def _inspect(located: Located, folder: Path) -> Base:

@@ -9,7 +9,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune import certify, checkpoint, gather, layouts, manifest, scores, seal, terms, trained, unfinished, verify
+from finetune import (
+    certify,
+    checkpoint,
+    ended,
+    gather,
+    layouts,
+    manifest,
+    scores,
+    seal,
+    terms,
+    trained,
+    unfinished,
+    verify,
+)
 from finetune.card import Card
 from finetune.certify import Asked
 from finetune.errors import EnvironmentFault, FinetuneError
@@ -119,6 +132,7 @@ def _describe(
     card = Card(
         name=name, terms=found, parts=parts, recipe=yamlfile.dump(recipe.to_yaml_dict()), scores=scores.read(files),
         provenance=made, thinking=recipe.data.thinking, vllm_rank=_vllm_rank(files) if "adapter" in parts else 0,
+        end=tuple(ended.sentences(ended.end(files))),
         chat=(folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
     )  # fmt: skip
     write_synced(folder / "README.md", card.text().encode())

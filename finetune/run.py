@@ -93,6 +93,11 @@ class Run:
         )
         old = plan.course_steps(self.prepared.recipe.model_copy(update={"train": before}), lengths, parts)
         new = plan.course_steps(self.prepared.recipe, lengths, parts)
+        patience = self.prepared.recipe.evaluate.early_stopping_patience
+        former = _number(stored.recipe["evaluate.early_stopping_patience"])
+        if patience is not None and (former is None or patience < former):
+            what = f"the run has a patience of {'no end' if former is None else former}: it may stand beyond this one"
+            raise RecipeError(what, "evaluate.early_stopping_patience", "it can be raised, or null, not lowered")
         if new[: len(old)] != old:
             what = f"the run has {len(old)} steps, which are not the first of these {len(new)}"
             raise RecipeError(what, "train.steps", "a run can be lengthened, not shortened or cut differently")

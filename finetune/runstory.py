@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import scores
+from finetune import ended, scores
 from finetune.runfolder import RunFolder, read_json
 from finetune.terminal import amount, clean, duration
 
@@ -34,7 +34,7 @@ class Story:
     scores: dict[str, dict[str, Any]]
     answers: list[dict[str, str]]
     data: dict[str, Any]
-    finished: bool
+    end: dict[str, Any]
     checkpoint: int
     digests: dict[str, str]
     left: dict[str, int]
@@ -42,6 +42,10 @@ class Story:
     @property
     def name(self) -> str:
         return clean(Path(self.folder).name or self.folder, 80)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.end)
 
     @property
     def step(self) -> int:
@@ -67,9 +71,12 @@ class Story:
     def at_steps(self, metric: str) -> list[tuple[float, float]]:
         """A score by the step at which it was measured."""
         found = []
+        last = int(number(self.end.get("steps")) or self.total)
         for name, values in self.scores.items():
             value = number(values.get(metric))
-            step = _step_of(name, self.total)
+            step = last if name == ended.LAST else _step_of(name, self.total)
+            if name == ended.AFTER and ("of" in self.end or "kept" in self.end):
+                continue  # it is of a step that has its own judgement
             if value is not None and step is not None:
                 found.append((float(step), value))
         return sorted(found)
@@ -98,7 +105,6 @@ def number(value: Any) -> float | None:
 def read(folder: RunFolder, root: str = "") -> Story:
     """What the folder's files tell. ``root``: how to name it, as the recipe does where it is known."""
     plan, identity = _object(folder.plan), _object(folder.identity)
-    total, done = number(plan.get("steps")), number(_object(folder.finished).get("steps"))
     return Story(
         folder=root or str(plan.get("output") or folder.root),
         plan=plan,
@@ -108,7 +114,7 @@ def read(folder: RunFolder, root: str = "") -> Story:
         scores={str(name): values for name, values in scores.read(folder).items() if isinstance(values, dict)},
         answers=[{str(key): str(value) for key, value in line.items()} for line in lines(folder.samples)],
         data=_object(folder.data),
-        finished=done is not None and done == total,
+        end=ended.end(folder),
         checkpoint=_newest(folder.checkpoints),
         digests={str(name): str(value) for name, value in _part(_object(folder.adapter / "manifest.json"), "sha256")},
         left=_left(folder.named_rows),
@@ -207,7 +213,8 @@ def summary(story: Story) -> str:
     if story.seconds:
         place = f" on {plan['device_name']}" if plan.get("device_name") else ""
         sentences.append(f"{len(story.curves['seconds']):,} steps took {_took(story.seconds)}{place}.")
-    return " ".join(clean(one, 600) for one in [*sentences, *_result(story)])
+    chosen = [f"{one[0].upper()}{one[1:]}." for one in ended.sentences(story.end)]
+    return " ".join(clean(one, 600) for one in [*sentences, *_result(story), *chosen])
 
 
 def _took(seconds: float) -> str:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import identity, runstory, scores
+from finetune import ended, identity, runstory, scores
 from finetune.errors import EnvironmentFault
 from finetune.evals.exact_match import is_right
 from finetune.identity import Identity
 from finetune.runfolder import RunFolder, read_json
 
-END = "after"
+END = ended.AFTER
 """The name of a finished run's judgement."""
 _ABSURD = 1e100
 """Beyond it a number is none: sums of such would overflow."""
@@ -40,7 +40,9 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A run. ``curve``: (step, training loss); ``held_out``: (step, loss) of its judgements on the way."""
+    """A run. ``chosen``: where it stopped early, and whose adapter was kept.
+
+    ``curve``: (step, training loss); ``held_out``: (step, loss) of its judgements on the way."""
 
     folder: Path
     name: str
@@ -48,6 +50,7 @@ class View:
     steps: int
     total: int | None
     finished: bool
+    chosen: tuple[str, ...]
     curve: tuple[tuple[int, float], ...]
     held_out: tuple[tuple[int, float], ...]
     judged: Judgement | None
@@ -55,6 +58,8 @@ class View:
     @property
     def state(self) -> str:
         of = f" of {self.total}" if self.total else ""
+        if self.finished and self.chosen:
+            return "; ".join(self.chosen)
         return f"finished, {self.steps} steps" if self.finished else f"unfinished, step {self.steps}{of}"
 
 
@@ -78,7 +83,8 @@ def view(folder: Path) -> View:
     stored = {name: value for name, value in scores.read(files).items() if isinstance(value, dict)}
     return View(
         folder=folder, name=str(folder), identity=known, steps=steps, total=total if isinstance(total, int) else None,
-        finished=isinstance(end, int), curve=curve, held_out=tuple(_losses_on_the_way(stored, steps)),
+        finished=isinstance(end, int), curve=curve, held_out=tuple(_losses_on_the_way(stored, steps, done)),
+        chosen=tuple(ended.sentences(done)) if isinstance(done, dict) else (),
         judged=_newest(files, stored),
     )  # fmt: skip
 
@@ -99,8 +105,10 @@ def step_of(name: str) -> int | None:
     return int(number) if word == "step" and number.isdecimal() and len(number) < 12 else None
 
 
-def _losses_on_the_way(stored: dict[str, Any], steps: int) -> list[tuple[int, float]]:
-    places = {name: steps if name == END else step_of(name) for name in stored}
+def _losses_on_the_way(stored: dict[str, Any], steps: int, done: Any) -> list[tuple[int, float]]:
+    chosen = isinstance(done, dict) and ("of" in done or "kept" in done)  # then the end's is a step's own
+    at_end = (ended.LAST,) if chosen else (END,)
+    places = {name: steps if name in at_end else step_of(name) for name in stored}
     found = ((place, _finite(stored[name].get("loss"))) for name, place in places.items() if place is not None)
     return sorted((place, loss) for place, loss in found if loss is not None)
 

@@ -39,6 +39,30 @@ def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> d
     return scores
 
 
+def copy(folder: RunFolder, name: str, to: str) -> None:
+    """The judgement ``name`` under another name too, with what is behind it: it is of the same weights."""
+    for path in (folder.samples, folder.losses):
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            held = [_with(row, name, to) for row in rows]
+            write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held).encode())
+    found = read(folder)
+    write_json(folder.scores, found | {to: found[name]})
+
+
+def _with(row: dict[str, Any], name: str, to: str) -> dict[str, Any]:
+    """A row with what stands under one name under another too, also one level below."""
+    deep = {key: _with(value, name, to) if isinstance(value, dict) else value for key, value in row.items()}
+    return deep | {to: deep[name]} if name in deep else deep
+
+
+def drop(folder: RunFolder, *names: str) -> None:
+    """Forget judgements of what is not there any more."""
+    found = read(folder)
+    if not found.keys().isdisjoint(names):
+        write_json(folder.scores, {key: value for key, value in found.items() if key not in names})
+
+
 def _beside(path: Path, name: str, values: Sequence[Any], rows: list[dict[str, Any]]) -> None:
     """Each row's value under ``name``, beside what the file has of the same rows."""
     if path.is_file():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune import compare, comparepage, halving, scores
+from finetune import compare, comparepage, ended, halving, scores
 from finetune.errors import Interrupted
 from finetune.interrupts import stop_requests
 from finetune.runfolder import RunFolder, write_json, write_page
@@ -80,6 +80,7 @@ class _Trainer:
             raise Interrupted(f"stopped on request in {entry.name}; nothing is lost", fix="the same command goes on")
         if code:
             return replace(entry, failed=True, state=f"failed with exit code {code}")
+        whole = whole or bool(ended.end(entry.folder))  # it may have stopped early
         if not whole and _loss(entry, step) is None:
             return replace(entry, failed=True, state=f"failed: it has no held-out loss of step {step}")
         return replace(entry, begun=True, finished=whole, state="finished" if whole else f"at step {step}")

@@ -133,7 +133,8 @@ def _entry(one: Combination, prepared: Prepared) -> Entry:
     same = stored is not None and stored.recipe == dict(recipes.flatten(prepared.recipe))
     same = same and stored is not None and stored.data == gather.digests(prepared.recipe)
     done = read_json(folder.finished)
-    finished = same and isinstance(done, dict) and done.get("steps") == steps and not manifest.faults(folder.adapter)
+    whole = isinstance(done, dict) and done.get("of", done.get("steps")) == steps  # also where it was stopped early
+    finished = same and whole and not manifest.faults(folder.adapter)
     lived = min(1.0, metrics.last_step(folder.metrics) / steps) if steps and same else 0.0
     left = 0.0 if finished else None if made.seconds is None else made.seconds * (1 - lived)
     return Entry(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, datasample, devices, ended, fallback, manifest, metrics, model, runpage
+from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, metrics, model, runpage
 from finetune import optimizer as optimizers
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
@@ -63,27 +63,31 @@ def _train(run: Run, terminal: Terminal, extend: bool, until: int | None) -> Run
         run.settle(extend)
         course = run.course()
         if is_finished(run, course):
-            terminal.say(f"this run is finished ({len(course.steps)} steps): nothing to do in {run.folder.root}")
+            steps = read_json(run.folder.finished)["steps"]
+            terminal.say(f"this run is finished ({steps} steps): nothing to do in {run.folder.root}")
             runpage.keep(run.folder, terminal)  # it may have been killed before its last page
             return run.folder
-        describe(run)
-        config = dict(run.identity.recipe)
-        session = devices.start(
-            prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, prepared.plan.device
-        )
-        try:
-            with ended.noting(run.folder):
+        with ended.noting(run.folder):
+            describe(run)
+            config, device = dict(run.identity.recipe), prepared.plan.device
+            session = devices.start(prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, device)
+            try:
                 _steps(run, course, session, stop, until)
-        finally:
-            session.finish()
-            runpage.keep(run.folder, terminal)
+            finally:
+                session.finish()
+                runpage.keep(run.folder, terminal)
     return run.folder
 
 
 def is_finished(run: Run, course: Course) -> bool:
     """Whether the run stands at the end of this very course, its adapter whole."""
     finished = read_json(run.folder.finished)
-    return bool(finished) and finished.get("steps") == len(course.steps) and not manifest.faults(run.folder.adapter)
+    if not isinstance(finished, dict):
+        return False
+    stopped = finished.get("stopped")
+    if stopped and stopped["patience"] != run.prepared.recipe.evaluate.early_stopping_patience:
+        return False  # it is asked to wait longer now
+    return finished.get("of", finished.get("steps")) == len(course.steps) and not manifest.faults(run.folder.adapter)
 
 
 def describe(run: Run) -> None:
@@ -107,20 +111,22 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
     optimizer, scaler = optimizer_of(run, policy)
     start = resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
+    best.resume(run, start, total)
     datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
     pages = Pages(run.folder, terminal, total, start)
     pause = until if until is not None and until < total else None
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
     if start and (run.judges_at(start, total) or start == pause):  # killed between this checkpoint and its scores?
-        run.judge(policy, f"step {start}")
-    if pause is not None and pause <= start:
+        run.judge(policy, ended.at_step(start))
+    stopped = best.after(run, policy, start, total) if start else None
+    if pause is not None and pause <= start and not stopped:
         terminal.say(f"this run stands at step {start} of {total}: nothing to do until step {pause}")
         ended.note(run.folder, ended.PAUSED, f"at step {start}, as asked")
         return
     events = fallback.steps(run, policy, course, optimizer, start, scaler)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
-        while done < total:
+        while done < total and not stopped:
             event: StepDone = next_step(events, run)
             done = event.step
             log.step(event)
@@ -129,20 +135,32 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
             if due or asked:
                 _save(run, policy, optimizer, scaler, done)
             if not asked and (run.judges_at(done, total) or done == pause):
-                asked = not judged(run, policy, stop, f"step {done}")
-                if asked and not due:
+                asked = not judged(run, policy, stop, ended.at_step(done))
+                stopped = None if asked else best.after(run, policy, done, total)
+                if (asked or stopped) and not due:
                     _save(run, policy, optimizer, scaler, done)
             if not asked and (due or run.judges_at(done, total)):
                 pages.at(done)
             if asked:
                 raise stop.interrupted(f"step {done} of {total} is saved in {run.folder.root}")
-            if done == pause:
+            if done == pause and not stopped:
                 ended.note(run.folder, ended.PAUSED, f"at step {done}, as asked")
                 terminal.say(f"paused after step {done} of {total}, as asked; without --until the command goes on")
                 return
+    conclude(run, policy, done, stopped)
+
+
+def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None) -> None:
+    """The end after ``step``: the adapter that is kept is written and judged, and finished.json says which it is."""
+    facts, name = best.conclude(run, policy, step, stopped)
+    for said in ended.sentences({"steps": step, **facts}):
+        run.terminal.say(said)
     write_adapter(run, policy)
-    run.judge(policy, "after")
-    finish(run, done)
+    if name is None:
+        run.judge(policy, ended.AFTER)
+    elif ended.AFTER not in score_file.read(run.folder):
+        score_file.copy(run.folder, name, ended.AFTER)
+    finish(run, step, facts)
 
 
 def attach(run: Run, base: Policy) -> Policy:
@@ -171,10 +189,10 @@ def optimizer_of(run: Run, policy: Policy) -> tuple[torch.optim.Optimizer, torch
     return made, torch.amp.GradScaler(run.prepared.plan.device) if fp16 else None
 
 
-def finish(run: Run, steps: int) -> None:
-    """The last file of a run: its adapter is written and judged."""
+def finish(run: Run, steps: int, facts: dict[str, Any] | None = None) -> None:
+    """The last file of a run: its adapter is written and judged; ``facts`` as ``ended.end`` tells them."""
     digest = manifest.digest(run.folder.adapter / checkpoint.ADAPTER)
-    write_json(run.folder.finished, {"steps": steps, "adapter": digest})
+    write_json(run.folder.finished, {"steps": steps, "adapter": digest, **(facts or {})})
 
 
 def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:
@@ -262,6 +280,5 @@ def write_adapter(run: Run, policy: Policy) -> None:
     digest = manifest.digest_bytes(files[checkpoint.ADAPTER])
     former = read_json(run.folder.adapter / manifest.NAME) or {"sha256": {}}
     if former["sha256"].get(checkpoint.ADAPTER) not in (None, digest):
-        scores = score_file.read(run.folder)
-        write_json(run.folder.scores, {key: value for key, value in scores.items() if key not in ("after", "merged")})
+        score_file.drop(run.folder, ended.AFTER, "merged")
     checkpoint.write_folder(run.folder.adapter, files)

@@ -234,8 +234,10 @@ def test_a_base_of_the_hub_is_named_in_the_header(finished: Path, parts: tuple[s
     found = terms.find(inspect(Path("base")), "Qwen/Qwen3-14B", [Source(path="train.jsonl")], "cc0-1.0")
     made = {"base": {"name": "Qwen/Qwen3-14B", "commit": "c" * 40}, "data": {}}
     card = Card(
-        name="x", terms=found, parts=parts, recipe="", scores={}, provenance=made, chat=True, thinking="strip"
-    ).text()
+        name="x", terms=found, parts=parts, recipe="", scores={"after": {"loss": 1.0}}, provenance=made, chat=True,
+        thinking="strip", end=("kept: step 3 (loss 1.0000); last: step 6 (loss 2.0000)",),
+    ).text()  # fmt: skip
+    assert "\nKept: step 3 (loss 1.0000); last: step 6 (loss 2.0000).\n" in card
     head = yaml.safe_load(card.split("---")[1])
     assert (head["base_model"], head["base_model_relation"]) == ("Qwen/Qwen3-14B", relation)
     assert "at commit `cccc" in card

@@ -101,8 +101,8 @@ def test_looking_at_a_lock_refuses_nobody(tmp_path: Path) -> None:
     with files.lock():
         pass
     code = (
-        "import sys; from pathlib import Path; from finetune import ended; from finetune.runfolder import RunFolder\n"
-        "print('on', flush=True)\nwhile True: ended.under_way(RunFolder(Path(sys.argv[1])))"
+        "import sys, time; from pathlib import Path; from finetune import ended; from finetune.runfolder import *\n"
+        "print('on', flush=True)\nwhile True: ended.under_way(RunFolder(Path(sys.argv[1]))); time.sleep(1e-4)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "r")], env=ENVIRONMENT, stdout=subprocess.PIPE
@@ -110,7 +110,7 @@ def test_looking_at_a_lock_refuses_nobody(tmp_path: Path) -> None:
         try:
             assert looker.stdout is not None
             looker.stdout.readline()
-            for _ in range(200):
+            for _ in range(5000):
                 with files.lock():
                     pass
         finally:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.recipe import paths
+from finetune.recipe import keeping, paths
 from finetune.recipe.words import Finding, shown
 from finetune.recipe.yamlfile import KeyPath
 
@@ -29,6 +29,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _kernels(tree)
     yield from _quantize(tree)
     yield from _evaluate(tree)
+    yield from keeping.check(tree)
     yield from paths.check(tree)
 
 

@@ -155,6 +155,16 @@ class Evaluate(Section):
         default=["loss"], description="what is measured on the held-out rows"
     )
     every: Count = Field(default=0, description="steps between evaluations; 0 means only at the start and the end")
+    keep: Literal["last", "best"] = Field(
+        default="last", description="whose adapter the run ends with: the last step's, or the best evaluated one's"
+    )
+    best_by: str = Field(default="loss", description="the metric that says which evaluation is better")
+    early_stopping_patience: Positive | None = Field(
+        default=None, description="evaluations without improvement after which the run ends; null: it never does"
+    )
+    early_stopping_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.0, description="what an evaluation must be better by to count as an improvement"
+    )
     rows: Positive | None = Field(default=None, description="held-out rows used, from the first; null means all")
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
         default=64, description="longest generated answer, in tokens"

@@ -37,6 +37,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp16": {"quantize.compute": "fp16"},
     "no-dropout": {"adapter.lora_dropout": 0.0},  # another forward: the fused one
     "unaligned": {"evaluate.every": 3},  # judged between checkpoints
+    "choosing": {  # stops after step 9 of 12, as nothing improves by so much; an earlier step's adapter may be kept
+        "evaluate.every": 3,
+        "evaluate.keep": "best",
+        "evaluate.early_stopping_patience": 2,
+        "evaluate.early_stopping_threshold": 100.0,
+        "train.learning_rate": 0.05,
+    },
 }
 
 

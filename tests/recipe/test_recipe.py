@@ -106,7 +106,8 @@ def test_list_of_keys_is_frozen() -> None:
         "data": "train_path sources eval_path eval_split eval_fraction format columns train_on thinking literal_tokens "
         "over_length",
         "train": train,
-        "evaluate": "metrics every rows max_new_tokens batch_rows",
+        "evaluate": "metrics every keep best_by early_stopping_patience early_stopping_threshold rows max_new_tokens "
+        "batch_rows",
         "tracker": None,
         "output": None,
         "adapters": None,

@@ -215,6 +215,26 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:21:3: evaluate.every",
         "no held-out rows",
     ),
+    "keep best, never judged": (
+        swap("evaluate:\n", "evaluate:\n  keep: best\n"),
+        "r.yaml:21:3: evaluate.keep",
+        "evaluate.every is 0",
+    ),
+    "patience, never judged": (
+        swap("evaluate:\n", "evaluate:\n  early_stopping_patience: 2\n"),
+        "r.yaml:21:3: evaluate.early_stopping_patience",
+        "set it to the steps between evaluations",
+    ),
+    "judged at the end alone": (
+        swap("evaluate:\n", "evaluate:\n  keep: best\n  every: 90\n"),
+        "r.yaml:21:3: evaluate.keep",
+        "is 90, train.steps",
+    ),
+    "best by what is not measured": (
+        swap("evaluate:\n", "evaluate:\n  keep: best\n  every: 5\n  best_by: accuracy\n"),
+        "r.yaml:23:3: evaluate.best_by",
+        "'accuracy' is not measured; name one that is (loss, exact_match)",
+    ),
     "empty metrics": (swap("[loss, exact_match]", "[]"), "r.yaml:21:3: evaluate.metrics", "a list"),
     "section missing": (lambda text: text[: text.index("evaluate")], "r.yaml:1:1: output", "missing"),
     "key missing": (swap("  max_length: 256\n", ""), "r.yaml:12:1: train.max_length", "missing"),

@@ -46,8 +46,7 @@ CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels",
 GROUND = [
     "plot", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "ended", "terminal",
     "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation", "signature",
-    "verify",
-    "manifest", "runfolder", "conflicts", "tiny_base", "errors",
+    "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 

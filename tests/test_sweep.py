@@ -200,7 +200,7 @@ def test_a_run_whose_turn_comes_too_late_is_left_out(place: Path) -> None:
     root, grid = combinations(Path("r.yaml"), [GRID[1]], ())
     quiet = Terminal(quiet=True)
     planned = sweepplan.plan(Path("r.yaml"), root, grid, quiet, budget=3600, halve=False, fetch=False)
-    trainer = sweep._Trainer(planned, quiet, True)
+    trainer = sweep._Trainer(planned, quiet)
     trainer.end = time.monotonic() - 1
     assert [entry.state for entry in trainer.each()] == ["left out: beyond the budget"] * 2
     assert not Path("runs").exists()

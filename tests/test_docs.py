@@ -88,7 +88,7 @@ def test_tests_mirror_the_package() -> None:
     elsewhere = {
         "budget": "test_calibration", "fitting": "test_plan", "targets": "test_plan", "report": "test_plan",
         "decoder": "test_base",
-        "dashboard": "test_cli", "devices": "test_cli", "session": "test_chat", "pipeline": "test_merge",
+        "devices": "test_cli", "session": "test_chat", "pipeline": "test_merge",
         "prepare": "test_plan", "interrupts": "test_run", "scores": "test_run", "model": "test_loop",
         "known_models": "test_base", "errors": "test_cli", "finished": "test_merge_run",
         "certify": "test_merge_run", "train": "test_run", "records": "test_datacheck",

@@ -79,11 +79,16 @@ def refuse_missing(tracker: str, where: str) -> None:
 
 
 def _place(tracker: str, folder: Path) -> None:
-    """Keep every tracker's files beside the runs. These libraries take their folder from the environment only."""
+    """Keep every tracker's files beside the runs, and what it would tell its makers here.
+
+    These libraries take both from the environment only.
+    """
     if tracker == "trackio":
         os.environ["TRACKIO_DIR"] = str(trackio_folder(folder.parent))
     elif tracker == "mlflow":
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder.parent / 'mlflow.db').absolute()}")
+    elif tracker == "wandb":  # it sends its own errors and timings even of a run that it keeps offline
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def trackio_folder(runs: Path) -> Path:

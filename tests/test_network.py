@@ -92,7 +92,10 @@ CASES: dict[str, list[Case]] = {
         Case(line=f"compare {OUTPUT} runs/two --html page.html", first=["train r.yaml --set output=runs/two"]),
     ],
     "sweep": [Case(line="sweep r.yaml --grid adapter.r=2 --set output=runs/sweep --set train.steps=1")],
-    "chat": [Case(line=f"chat {OUTPUT}", stdin="hello\n")],
+    "chat": [
+        Case(line=f"chat {OUTPUT} --max-new-tokens 4", stdin="hello\n"),
+        Case(line=f"chat {OUTPUT} --serve --port 0", listens=True),
+    ],
     "report": [Case(line=f"report {OUTPUT}")],
     "dashboard": [
         Case(line="dashboard runs", first=["train r.yaml --set output=runs/two --set tracker=trackio"], listens=True),
@@ -144,7 +147,8 @@ def watched(command: Sequence[str], *, stdin: str = "", listens: bool = False) -
     try:
         if listens:
             assert child.stdout is not None
-            assert "127.0.0.1" in child.stdout.readline()
+            said = next((line for line in child.stdout if "127.0.0.1" in line), "")
+            assert said, "it ended before it said where it listens"
             time.sleep(1)
             os.killpg(child.pid, signal.SIGINT)
         _, err = child.communicate(stdin, timeout=_SECONDS)

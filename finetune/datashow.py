@@ -162,4 +162,4 @@ def block(pieces: Sequence[Piece]) -> str:
 
 def _span(piece: Piece) -> str:
     what = " · ".join(filter(None, (" ".join(map(str, piece.ids)), piece.turn, f"weight {piece.weight:g}")))
-    return f'<span class="{piece.kind}" title="{safe(what)}">{safe(visible(piece.text))}</span>'
+    return f'<span class="{piece.kind}" title="{words(what)}">{safe(visible(piece.text))}</span>'

@@ -9,18 +9,19 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from finetune import compare, comparepage, datashow, look, runpage, webpage
+from finetune.datashow import Piece
 from finetune.runfolder import RunFolder
 from tests import browser, runs
 from tests.browser import DESKTOP, PHONE, TABLET, Tab, opened
 from tests.payloads import PAYLOADS, WRITABLE
 from tests.runs import OUTPUT
-from tests.test_datashow import hostile_page
 from tests.test_runpage import hostile_report
 
 if TYPE_CHECKING:
@@ -77,6 +78,15 @@ def pages() -> dict[str, Path]:
         "finetune data": Path("data.html"),
         "finetune comparison": Path("comparison.html"),
     }
+
+
+def hostile_data() -> Path:
+    """Payloads as whole tokens, whatever a tokenizer makes of them, and as all that is said of a row."""
+    (row,) = look.rows(Path("r.yaml"), (), None, 1)
+    pieces = tuple(Piece(text=text, ids=(1,), kind="trained", weight=1.0, turn=text) for text in PAYLOADS)
+    shown = [replace(row, pieces=pieces[n::50], heading=text, note=text) for n, text in enumerate(PAYLOADS[:50])]
+    Path("data.html").write_text(datashow.page(PAYLOADS[0], shown))
+    return Path("data.html")
 
 
 def hostile_comparison() -> Path:
@@ -150,10 +160,10 @@ def test_what_a_page_does_wrong_is_seen(tmp_path: Path, chromium: Browser) -> No
 @browser.needed
 @pytest.mark.parametrize("kind", ["report", "data", "comparison"])
 def test_two_hundred_payloads_do_nothing(finished: Path, chromium: Browser, kind: str) -> None:
-    make = {"report": hostile_report, "data": lambda: hostile_page(finished), "comparison": hostile_comparison}[kind]
+    make = {"report": hostile_report, "data": hostile_data, "comparison": hostile_comparison}[kind]
     page = make()
     said = page.read_text()
-    assert re.sub("<[^>]*>", "", said).count("window.__pwned=1") > 300
+    assert re.sub("<[^>]*>", "", said).count("window.__pwned=1") > 200
     assert not re.search("[\x00\x1b\x07\x9b\u202e\u2066]", said)
     with opened(chromium, page, width=PHONE) as tab:
         tab.provoke()

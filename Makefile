@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test coverage setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks clean
+.PHONY: quickstart test coverage setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks pictures clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -99,6 +99,10 @@ bench-merge: setup
 # What `finetune plan` predicts against what then comes; tests hold the formulas to the record that it writes.
 bench-plan: base tiny-base
 	$(RUN)/python benchmarks/plan.py
+
+# The README's pictures of pages, in Debian's Chromium: make pictures RUNS="runs/quickstart runs/gentle", both tracked by trackio.
+pictures: setup
+	$(RUN)/python docs/pictures.py $(RUNS)
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -5,12 +5,13 @@ For the terminal, and as one page that needs nothing else: no script, no font, n
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from finetune import webpage
 from finetune.terminal import clean
+from finetune.webpage import safe, words
 
 if TYPE_CHECKING:
     from finetune.conversation import Turn
@@ -136,52 +137,22 @@ def visible(text: str) -> str:
     return "\n".join(clean(part, 100_000) for part in parts)
 
 
-LIGHT = """\
-.trained { background: #d8f5dc }
-.end { background: #2a8f3c; color: #fff }
-.frame { color: #0b6a8a }
-.read { color: #777 }"""
-DARK = ".trained { background: #1d4a27 } .frame { color: #6cc7e6 } .read { color: #999 }"
-"""What a token's part in the loss looks like; also in a run's report."""
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; \
-form-action 'none'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-body {{ color: #222; background: #fff }}
-pre {{ font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
-pre {{ border: 1px solid #ddd; padding: .8rem }}
-span {{ border-bottom: 1px solid #eee }}
-.batch {{ border-top: 3px double #888; margin-top: 2rem; padding-top: .3rem; font-weight: 600 }}
-{light}
-@media (prefers-color-scheme: dark) {{
-body {{ color: #ddd; background: #16181a }} pre {{ border-color: #444 }} span {{ border-color: #333 }}
-{dark}
-}}
-</style>
-<h1>{title}</h1>
-<p>What the model sees, token by token: <span class="trained">trained</span>,
-<span class="end">the end that it learns</span>, <span class="frame">the template's control tokens</span>,
-<span class="read">read only</span>. Hover shows a token's id, its turn and its weight.</p>
-{body}
-</html>
-"""
+LEGEND = (
+    'What the model sees, token by token: <span class="trained">trained</span>, <span class="end">the end that it '
+    'learns</span>, <span class="frame">the template\'s control tokens</span>, <span class="read">read only</span>'
+)
+"""The colours of a token's part in the loss; also in a run's report."""
 
 
 def page(title: str, rows: Sequence[Shown]) -> str:
     """One self-contained HTML page. Sample text is somebody else's: it is escaped, and the page may load nothing."""
-    body = "\n".join(_section(one) for one in rows)
-    return _PAGE.format(title=safe(title), body=body, light=LIGHT, dark=DARK)
+    lead = f'<p class="tokens">{LEGEND}. Hover shows a token\'s id, its turn and its weight.</p>'
+    return webpage.page(title=title, kind="finetune data", lead=lead, sections=map(_section, rows))
 
 
 def _section(one: Shown) -> str:
-    heading = f'<p class="batch">{safe(one.heading)}</p>\n' if one.heading else ""
-    return f"{heading}<h2>{safe(one.summary())}</h2>\n{block(one.pieces)}"
+    heading = f'<p class="kicker">{words(one.heading)}</p>' if one.heading else ""
+    return f'<section class="tokens">{heading}<h2>{words(one.summary())}</h2>{block(one.pieces)}</section>'
 
 
 def block(pieces: Sequence[Piece]) -> str:
@@ -191,9 +162,4 @@ def block(pieces: Sequence[Piece]) -> str:
 
 def _span(piece: Piece) -> str:
     what = " · ".join(filter(None, (" ".join(map(str, piece.ids)), piece.turn, f"weight {piece.weight:g}")))
-    return f'<span class="{piece.kind}" title="{safe(what)}">{safe(visible(piece.text))}</span>'
-
-
-def safe(text: Any) -> str:
-    """Text for an element or a quoted attribute, without halves of characters, which no file can hold."""
-    return html.escape(str(text).encode("utf-8", "replace").decode(), quote=True)
+    return f'<span class="{piece.kind}" title="{words(what)}">{safe(visible(piece.text))}</span>'

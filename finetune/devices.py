@@ -86,11 +86,16 @@ def refuse_unusable(tracker: str, where: str) -> None:
 
 
 def _place(tracker: str, folder: Path) -> None:
-    """Keep every tracker's files beside the runs. These libraries take their folder from the environment only."""
+    """Keep every tracker's files beside the runs, and what it would tell its makers here.
+
+    These libraries take both from the environment only.
+    """
     if tracker == "trackio":
         os.environ["TRACKIO_DIR"] = str(trackio_folder(folder.parent))
     elif tracker == "wandb":
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own crash reports to its maker
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # its own errors and timings, sent even of a run kept offline
         if os.environ.get("WANDB_MODE") == "":
             del os.environ["WANDB_MODE"]  # it takes an empty one for a wrong one
     elif tracker == "mlflow":

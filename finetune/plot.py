@@ -7,16 +7,17 @@ and fonts are the page's own (classes); hovering a stretch of a curve shows its 
 from __future__ import annotations
 
 import bisect
-import html
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from finetune.webpage import safe
+
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 440, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 74, 14, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 104, 14, 28
 BUCKETS = 240
 """Twice as many points at most are drawn of a curve: more than one for each pixel of a plot."""
 _HOVERED = 60
@@ -26,12 +27,16 @@ _SMOOTHED = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points by rising x. ``dots``: few measurements, each of which counts; else a line."""
+    """Points by rising x. ``label`` stands at the line's end, ``name`` (else the label) where one hovers.
+
+    ``kind``: classes of the page's style. ``dots``: few measurements, each of which counts; else a line.
+    """
 
     label: str
     points: Sequence[Point]
     kind: str = "main"
     dots: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +131,11 @@ def draw(plot: Plot) -> str:
         parts.append(_line(plot, frame, one))
         y = one.points[-1][1]
         words = f"{plot.shown(y)} {one.label}".strip()
-        labels.append((frame.down(y), f"label {one.kind}-label", words))
-    parts.append(_labels(labels))
+        labels.append((frame.down(y), f"{one.kind} curve-label", words))
+    if len(labels) * _LABEL_GAP <= HEIGHT - _TOP - _BOTTOM:  # else a key below the plot says which is which
+        parts.append(_labels(labels))
     parts.append(_hover(plot, frame, series))
-    name = html.escape(plot.title, quote=True)
+    name = safe(plot.title)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
@@ -157,7 +163,7 @@ def _axes(plot: Plot, frame: _Frame) -> str:
 
 
 def _text(x: float, y: float, kind: str, words: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{html.escape(words)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{safe(words)}</text>'
 
 
 def _line(plot: Plot, frame: _Frame, one: Series) -> str:
@@ -194,20 +200,20 @@ def _labels(labels: list[tuple[float, str, str]]) -> str:
 
 def _hover(plot: Plot, frame: _Frame, series: Sequence[Series]) -> str:
     """Invisible columns whose titles a browser shows: the steps that they stand for, and the range of values there."""
-    longest = max((one.points for one in series), key=len)
+    every = sorted({x for one in series for x, _ in one.points})
     places = [[x for x, _ in one.points] for one in series]
     parts = []
-    for low, high in _spans(len(longest), min(_HOVERED, len(longest))):
-        first, last = longest[low][0], longest[high - 1][0]
-        left = frame.across((longest[low - 1][0] + first) / 2) if low else _LEFT
-        right = frame.across((longest[high][0] + last) / 2) if high < len(longest) else WIDTH - _RIGHT
+    for low, high in _spans(len(every), min(_HOVERED, len(every))):
+        first, last = every[low], every[high - 1]
+        left = frame.across((every[low - 1] + first) / 2) if low else _LEFT
+        right = frame.across((every[high] + last) / 2) if high < len(every) else WIDTH - _RIGHT
         said = [f"{plot.x_name} {first:,.0f}" if first == last else f"{plot.x_name} {first:,.0f} to {last:,.0f}"]
         for one, xs in zip(series, places, strict=True):
             values = [y for _, y in one.points[bisect.bisect_left(xs, first) : bisect.bisect_right(xs, last)]]
             if values:
                 span = dict.fromkeys((plot.shown(min(values)), plot.shown(max(values))))
-                said.append(f"{one.label or plot.title}: {' to '.join(span)}")
-        title = html.escape("\n".join(said))
+                said.append(f"{one.name or one.label or plot.title}: {' to '.join(span)}")
+        title = safe("\n".join(said))
         parts.append(
             f'<rect class="hover" x="{left:.1f}" y="{_TOP}" width="{max(right - left, 0.5):.1f}" '
             f'height="{HEIGHT - _TOP - _BOTTOM}"><title>{title}</title></rect>'
@@ -245,7 +251,7 @@ def bars(title: str, rows: Sequence[Bar], most: float | None = None) -> str:
             )
             end = max(length, high)
         parts.append(_text(left + end + 8, y + 17, "label", row.words))
-    name = html.escape(title, quote=True)
+    name = safe(title)
     return f'<svg viewBox="0 0 {WIDTH} {len(rows) * each + 6}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
@@ -266,7 +272,7 @@ def columns(title: str, bins: Sequence[tuple[float, float, float]], unit: str) -
         span = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
         parts.append(
             f'<rect class="bar main" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-            f'height="{HEIGHT - _BOTTOM - y:.1f}"><title>{span} {html.escape(unit)}: {count:,.0f}</title></rect>'
+            f'height="{HEIGHT - _BOTTOM - y:.1f}"><title>{span} {safe(unit)}: {count:,.0f}</title></rect>'
         )
-    name = html.escape(title, quote=True)
+    name = safe(title)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'

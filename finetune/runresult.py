@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.datashow import safe
 from finetune.plot import Bar, averaged, bars
-from finetune.runsections import ROWS, table, took, words
+from finetune.runsections import ROWS, took
 from finetune.runstory import Story, listed, number, part
 from finetune.terminal import clean, size
+from finetune.webpage import safe, table, words
 
 _ANSWERS, _TEXT = 8, 700
 _BETWEEN = 6

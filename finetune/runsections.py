@@ -1,28 +1,24 @@
 """The sections of a run's report, each a piece of HTML from the run's story; a section without facts is left out.
 
-All that comes from files goes through ``words`` or ``datashow.safe``: it can be read and do nothing.
+All that comes from files goes through ``webpage.words`` or ``safe``: it can be read and do nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from finetune import datashow
-from finetune.datashow import Piece, safe
+from finetune.datashow import Piece
 from finetune.plot import Bar, Plot, Series, bars, columns, draw
 from finetune.runstory import Story, listed, number, part
 from finetune.terminal import clean, duration, size
+from finetune.webpage import safe, table, words
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "generation", "overhead")
 _KINDS = ("trained", "end", "frame", "read")
 ROWS = 200
 _NUMBERS = 20
-
-
-def words(text: Any, limit: int = 300) -> str:
-    """One line of somebody else's text."""
-    return safe(clean(str(text), limit))
 
 
 def took(seconds: float) -> str:
@@ -34,16 +30,6 @@ def short(value: float) -> str:
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
         return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
-    """``rows`` are HTML; the last ``numbers`` columns stand at the right."""
-    kinds = ["" if index < len(heads) - numbers else ' class="num"' for index in range(len(heads))]
-    head = "".join(f"<th{kind}>{safe(one)}</th>" for one, kind in zip(heads, kinds, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{kind}>{one}</td>' for one, kind in zip(row, kinds, strict=True))}</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def training(story: Story) -> str:
@@ -120,13 +106,9 @@ def data(story: Story) -> str:
     left = "; ".join(f"{count:,} rows {words(done, 40)}" for done, count in sorted(story.left.items()))
     said = f"{held} Not taken as they stand: {left}." if left else held
     shown = "".join(_sample(one) for one in listed(found, "shown")[:4] if isinstance(one, dict))
-    legend = (
-        '<p>What the model sees, token by token: <span class="trained">trained</span>, <span class="end">the end that '
-        'it learns</span>, <span class="frame">the template\'s control tokens</span>, <span class="read">read only'
-        "</span>.</p>"
-    )
     figure = f"<figure><figcaption>samples by length</figcaption>{lengths}</figure>"
-    return f'{counts}<p>{said}</p><div class="plots">{figure}</div>{legend}<div class="tokens">{shown}</div>'
+    tokens = f'<div class="tokens"><p>{datashow.LEGEND}.</p>{shown}</div>'
+    return f'{counts}<p>{said}</p><div class="plots">{figure}</div>{tokens}'
 
 
 def _sample(one: dict[str, Any]) -> str:

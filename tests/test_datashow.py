@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import re
-import shutil
-import subprocess
 from pathlib import Path
-
-import pytest
 
 from finetune import datashow, look, prepare
 from finetune.plan import course_steps
+from tests.payloads import WRITABLE
 from tests.runs import chat, finetune, read_rows, write_rows
-
-HOSTILE = [
-    "<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "</pre></body><h1>x",
-    "<svg/onload=document.title='owned'>", "javascript:alert(1)", "\" onmouseover=\"document.title='owned'",
-    "&lt;b&gt;",
-    "<iframe src=https://example.org></iframe>", "<link rel=stylesheet href=//example.org/x.css>", "{body}{title}",
-    "<style>@import url(//example.org)</style>", "<meta http-equiv=refresh content=0;url=//example.org>", "<!--", "]]>",
-    "\x1b]0;owned\x07\x1b[2J", "\u202eevil", "<base href=//example.org>", "<form action=//example.org><button>",
-]  # fmt: skip
 
 
 def test_what_is_shown_as_trained_is_what_is_trained(work: Path) -> None:
@@ -61,15 +48,16 @@ def test_one_row_can_be_asked_for(work: Path) -> None:
 
 
 def test_text_cannot_steer_the_terminal(work: Path) -> None:
-    write_rows(Path("train.jsonl"), [chat(text, "x") for text in HOSTILE if "\x1b" in text or "\u202e" in text])
+    write_rows(Path("train.jsonl"), [chat(text, "x") for text in WRITABLE if "\x1b" in text or "\u202e" in text])
     out = finetune("data", "show", "r.yaml").out
     assert not re.search("[\x1b\x07\u202e]", out)
 
 
 def hostile_page(folder: Path) -> Path:
-    texts = (HOSTILE * 12)[:200]
+    texts = [text for text in WRITABLE if "\0" not in text and text.strip("\u200b\u200d\ufeff")]  # others are refused
     write_rows(Path("train.jsonl"), [chat(f"{number} {text}", text) for number, text in enumerate(texts)])
-    shown = look.rows(Path("r.yaml"), ("train.max_length=256",), None, 200)
+    changes = ("train.max_length=2048", "train.micro_batch_tokens=2048")
+    shown = look.rows(Path("r.yaml"), changes, None, len(texts))
     (folder / "page.html").write_text(datashow.page("a <b>title</b>", shown))
     return folder / "page.html"
 
@@ -79,44 +67,9 @@ def test_the_page_holds_text_as_text_and_loads_nothing(work: Path) -> None:
     assert "default-src 'none'" in text
     body = text.partition("</style>")[2]
     tags = set(re.findall(r"<\s*/?\s*([a-zA-Z!][a-zA-Z0-9]*)", body))
-    assert tags <= {"h1", "h2", "p", "pre", "span", "html"}
+    assert tags <= {"h1", "h2", "p", "pre", "span", "html", "head", "header", "main", "section"}
     assert not re.search(r"\s(on\w+|src|href)\s*=", re.sub(r">[^<]*<", "><", body))
-    assert "owned" in re.sub("<[^>]*>", "", body)
-
-
-def browser() -> str | None:
-    return next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-
-
-def opened(page: Path) -> str:
-    """The document that Chromium makes of a page, after everything in it that could run has had its time.
-
-    Nothing may be said on its console, and nothing but the page may have been asked for.
-    """
-    log = page.resolve().parent / "requests.json"
-    command = [
-        str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom",
-        f"--user-data-dir={log.parent / 'profile'}", "--enable-logging=stderr", f"--log-net-log={log}",
-        page.resolve().as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0
-    assert ":CONSOLE" not in done.stderr
-    assert "example.org" not in log.read_text(errors="replace")
-    return done.stdout
-
-
-@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine: the page was not opened in a browser")
-def test_in_a_browser_nothing_runs(work: Path) -> None:
-    dom = opened(hostile_page(work))
-    title = re.search(r"<title>(.*?)</title>", dom)
-    assert title is not None
-    assert html.unescape(title[1]) == "a <b>title</b>"
-    assert "<script" not in dom
-    assert "<img" not in dom
-    assert len(re.findall(r"<h2>", dom)) == 200
+    assert "window.__pwned=1" in re.sub("<[^>]*>", "", body)
 
 
 def test_the_command_writes_the_page(work: Path) -> None:

@@ -44,9 +44,9 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "plot", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "ended", "terminal",
-    "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation", "signature",
-    "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
+    "plot", "webpage", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "ended",
+    "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",
+    "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 

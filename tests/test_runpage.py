@@ -17,8 +17,8 @@ from finetune.errors import EnvironmentFault
 from finetune.runfolder import RunFolder
 from finetune.terminal import Terminal
 from tests import runs
+from tests.payloads import PAYLOADS, WRITABLE
 from tests.runs import OUTPUT, finetune, train
-from tests.test_datashow import HOSTILE, browser, opened
 from tests.test_run import signal_at
 
 REPORT = OUTPUT / "report.html"
@@ -180,7 +180,7 @@ def test_a_long_run_writes_its_report_seldom(tmp_path: Path, monkeypatch: pytest
 
 def hostile_report() -> Path:
     """Payloads in every place that somebody else could write to."""
-    texts = (HOSTILE * 12)[:200]
+    texts = PAYLOADS
     rows = [{"row": text, "expected": text, "before": f"{n}{text}", "after": text} for n, text in enumerate(texts)]
     (OUTPUT / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = json.loads((OUTPUT / "scores.json").read_text())
@@ -190,17 +190,17 @@ def hostile_report() -> Path:
     spoilt: dict[str, dict[str, Any]] = {
         "plan.json": {
             "notes": texts, "unchecked": texts, "model": texts[0], "device_name": texts[1], "family": texts[2],
-            "output": "runs/<img src=x onerror=\"document.title='owned'\">",
+            "output": "runs/<img src=x onerror=window.__pwned=1>",
         },
         "identity.json": {key: dict(zip(texts, texts, strict=True)) for key in ("base", "data", "environment")},
         "data.json": {
             "sources": [{"name": text, "samples": 1} for text in texts], "asked": {text: text for text in texts},
-            "shown": [{"summary": text, "pieces": [piece | {"text": text}]} for text in texts[:4]],
+            "shown": [{"summary": text, "pieces": [piece | {"text": one} for one in texts]} for text in texts[:4]],
         },
     }  # fmt: skip
     for name, more in spoilt.items():
         (OUTPUT / name).write_text(json.dumps(json.loads((OUTPUT / name).read_text()) | more))
-    (OUTPUT / "recipe.yaml").write_text("\n".join(texts))
+    (OUTPUT / "recipe.yaml").write_text("\n".join(WRITABLE))
     (OUTPUT / "rows.jsonl").write_text("".join(json.dumps({"done": text}) + "\n" for text in texts))
     return runpage.write(RunFolder(OUTPUT))
 
@@ -210,25 +210,9 @@ def test_hostile_text_stays_text(finished: Path) -> None:
     page = Page(text)
     assert page.tags <= TAGS
     assert not [name for name in page.attributes if name.startswith("on") or name in ("src", "href", "style", "action")]
-    assert page.said.count("document.title='owned'") > 50
+    assert page.said.count("window.__pwned=1") > 500
     assert not re.search("[\x1b\x07\u202e]", text)
     assert len(text) < 3_000_000
-
-
-@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine: the report was not opened in a browser")
-def test_in_a_browser_nothing_runs_and_the_plots_hold_the_data(finished: Path) -> None:
-    steps = len(runs.metrics())
-    losses = [line["loss"] for line in runs.metrics()]
-    dom = opened(REPORT)
-    points = re.findall(r'<polyline class="line main" points="([^"]+)"', dom)[0].split()
-    assert len(points) == steps
-    heights = [float(pair.split(",")[1]) for pair in points]
-    assert sorted(range(steps), key=heights.__getitem__) == sorted(range(steps), key=lambda i: -losses[i])
-    dom = opened(hostile_report())
-    title = re.search(r"<title>(.*?)</title>", dom)
-    assert title is not None
-    assert title[1].startswith("&lt;img src=x onerror=")
-    assert not re.search(r"<(script|img|iframe|link|base|form)\b", dom)
 
 
 def test_each_adapter_of_a_run_of_several_has_its_report(work: Path) -> None:

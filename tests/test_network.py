@@ -1,0 +1,226 @@
+"""No verb reaches out of this machine or opens a port unless it is asked to.
+
+Each runs as a command of its own with nothing that tells libraries to stay offline. An audit hook refuses and writes
+down every address of every Python process; where the system lets us, the command also has a network of its own that
+leads nowhere, in which the kernel counts for processes of any language.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from finetune import cli
+from tests import runs
+from tests.runs import OUTPUT, ROOT
+
+GUARD = ROOT / "tests" / "guard"
+COMMAND = [sys.executable, "-c", "from finetune.cli import main; main()"]
+_TAKEN_OUT = ("HF_", "HUGGING", "TRANSFORMERS_", "WANDB_", "GRADIO_", "TRACKIO_")
+"""Beginnings of variables that could keep a library from the network, or give it a key for one."""
+_SECONDS = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A verb at work. ``first``: commands that make what it needs; ``ends``: exit codes; ``listens``: until stopped."""
+
+    line: str
+    first: Sequence[str] = ()
+    ends: tuple[int, ...] = (0,)
+    stdin: str = ""
+    listens: bool = False
+
+
+@dataclass
+class Trace:
+    """What a command did. ``python``: what the audit hook saw; ``kernel``: None where it has no network of its own."""
+
+    code: int
+    err: str
+    python: list[dict[str, Any]] = field(default_factory=list)
+    kernel: dict[str, Any] | None = None
+
+    @property
+    def out(self) -> list[str]:
+        """Every attempt to reach another machine."""
+        seen = [f"{one['event']} {one['host']}" for one in self.python if not one["loopback"]]
+        return seen + ([f"{self.kernel['lost']} packets"] if self.kernel and self.kernel["lost"] else [])
+
+    @property
+    def ports(self) -> list[str]:
+        seen = [
+            f"{one['event']} {one['host']}" for one in self.python if one["event"] in ("socket.listen", "socket.bind")
+        ]
+        return seen + (self.kernel["listening"] if self.kernel else [])
+
+
+RELEASE = f"release {OUTPUT} --out published --what adapter --data-licence cc0-1.0"
+CASES: dict[str, list[Case]] = {
+    "plan": [Case(line="plan r.yaml"), Case(line="plan r.yaml --probe")],
+    "train": [
+        Case(line="train r.yaml --set output=runs/two --set train.steps=2"),
+        Case(line="train r.yaml --set output=runs/two --set tracker=trackio --set train.steps=2"),
+        Case(line="train r.yaml --set output=runs/two --set tracker=wandb --set train.steps=2"),
+    ],
+    "eval": [Case(line=f"eval {OUTPUT}")],
+    "data check": [Case(line="data check r.yaml"), Case(line="data check train.jsonl --fix fixed.jsonl")],
+    "data show": [Case(line="data show r.yaml"), Case(line="data show r.yaml --html page.html")],
+    "init": [Case(line="init train.jsonl --out mine.yaml --model base")],
+    "doctor": [Case(line="doctor", ends=(0, 1))],
+    "merge": [Case(line=f"merge {OUTPUT} --out merged")],
+    "prove": [Case(line=f"prove {OUTPUT} merged", first=[f"merge {OUTPUT} --out merged"])],
+    "export": [Case(line=f"export {OUTPUT} --to adapter --target vllm --out exported")],
+    "release": [Case(line=RELEASE)],
+    "verify": [Case(line="verify published", first=[RELEASE])],
+    # Without a token it says so before it asks anybody; with one it is asked to.
+    "push": [Case(line="push published owner/name", first=[RELEASE], ends=(5,))],
+    "convert": [Case(line="convert qwen1 native --to native")],
+    "compare": [
+        Case(line=f"compare {OUTPUT} runs/two --html page.html", first=["train r.yaml --set output=runs/two"]),
+    ],
+    "sweep": [Case(line="sweep r.yaml --grid adapter.r=2 --set output=runs/sweep --set train.steps=1")],
+    "chat": [
+        Case(line=f"chat {OUTPUT} --max-new-tokens 4", stdin="hello\n"),
+        Case(line=f"chat {OUTPUT} --serve --port 0", listens=True),
+    ],
+    "report": [Case(line=f"report {OUTPUT}")],
+    "dashboard": [
+        Case(line="dashboard runs", first=["train r.yaml --set output=runs/two --set tracker=trackio"], listens=True),
+    ],
+    "schema": [Case(line="schema")],
+    "summary": [Case(line=f"summary {OUTPUT} 0", first=[f"merge {OUTPUT} --out {OUTPUT}/merged"])],
+}  # fmt: skip
+
+
+def verbs() -> set[str]:
+    """Every verb that the command line has, hidden ones too."""
+
+    def below(group: Any, name: str) -> set[str]:
+        found: set[str] = set()
+        for word, command in group.commands.items():
+            full = f"{name} {word}".strip()
+            found |= below(command, full) if hasattr(command, "commands") else {full}
+        return found
+
+    return below(typer.main.get_command(cli.app), "")
+
+
+def caged() -> bool:
+    """Whether the system gives a command a network of its own."""
+    if shutil.which("unshare") is None:
+        return False
+    probe = ["unshare", "-rn", sys.executable, str(GUARD / "cage.py"), os.devnull, sys.executable, "-c", ""]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+CAGED = caged()
+
+
+def watched(command: Sequence[str], *, stdin: str = "", listens: bool = False) -> Trace:
+    """Run a command in the working folder under both guards."""
+    python, kernel = Path("python.record"), Path("kernel.record")
+    for path in (python, kernel):
+        path.unlink(missing_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_TAKEN_OUT)}
+    environment = kept | {
+        "PYTHONPATH": f"{GUARD}{os.pathsep}{ROOT}", "NETWORK_RECORD": str(python.absolute()), "OMP_NUM_THREADS": "1",
+        "HOME": str(Path("home").absolute()), **({"NETWORK_LISTENS": "1"} if listens else {}),
+    }  # fmt: skip
+    cage = ["unshare", "-rn", sys.executable, str(GUARD / "cage.py"), str(kernel)] if CAGED else []
+    child = subprocess.Popen(
+        [*cage, *command], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        if listens:
+            assert child.stdout is not None
+            said = next((line for line in child.stdout if "127.0.0.1" in line), "")
+            assert said, "it ended before it said where it listens"
+            time.sleep(1)
+            os.killpg(child.pid, signal.SIGINT)
+        _, err = child.communicate(stdin, timeout=_SECONDS)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+    seen = [json.loads(line) for line in python.read_text().splitlines()] if python.exists() else []
+    return Trace(child.returncode, err, seen, json.loads(kernel.read_text()) if kernel.exists() else None)
+
+
+def test_every_verb_has_its_case() -> None:
+    lacking = verbs() - set(CASES)
+    assert not lacking, f"say in CASES how to run {', '.join(sorted(lacking))}: no verb may reach the network unasked"
+    assert not set(CASES) - verbs()
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.line) for cases in CASES.values() for case in cases])
+def test_it_reaches_nobody_and_opens_no_port(finished: Path, case: Case) -> None:
+    Path("base/LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
+    if "qwen1" in case.line:
+        shutil.copytree(ROOT / "tests" / "vectors" / "qwen1" / "tiny-safetensors", "qwen1")
+    for line in case.first:
+        said = runs.finetune(*line.split())
+        assert said.code == 0, said.err
+    trace = watched([*COMMAND, *case.line.split()], stdin=case.stdin, listens=case.listens)
+    assert trace.out == []
+    assert (trace.kernel is not None) == CAGED
+    if case.listens:
+        assert trace.ports, "it was asked to listen"
+        assert all("127.0.0.1" in port or port.startswith("0100007F:") for port in trace.ports)
+    else:
+        assert trace.ports == []
+        assert trace.code in case.ends, trace.err
+
+
+def test_a_verb_that_reaches_out_is_caught(work: Path) -> None:
+    """A recipe that names a model by its hub id asks for it: the one way in which ``plan`` connects."""
+    trace = watched([*COMMAND, "plan", "r.yaml", "--set", "model=owner/name"])
+    assert trace.code != 0
+    assert "huggingface.co" in " ".join(trace.out)
+
+
+def test_what_libraries_swallow_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    planted = {
+        "socket.socket().connect(('198.51.100.1', 80))": "socket.connect 198.51.100.1",
+        "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('198.51.100.1', 53))": "socket.sendto 198.51.100.1",
+        "socket.getaddrinfo('example.org', 443)": "socket.getaddrinfo example.org",
+        "socket.socket(socket.AF_INET6).connect(('2001:db8::1', 80))": "socket.connect 2001:db8::1",
+    }
+    for code, caught in planted.items():
+        trace = watched(
+            [sys.executable, "-c", f"import contextlib, socket\nwith contextlib.suppress(Exception): {code}"]
+        )
+        assert (trace.code, trace.out) == (0, [caught])
+    for host, caught in (("0.0.0.0", "bind 0.0.0.0"), ("127.0.0.1", "listen 127.0.0.1"), ("", "bind ")):
+        trace = watched(
+            [sys.executable, "-c", f"import socket; a = socket.socket(); a.bind(({host!r}, 0)); a.listen()"]
+        )
+        assert trace.code == 1
+        assert trace.ports == [f"socket.{caught}"]
+    quiet = "import socket; a = socket.socket(); a.settimeout(1); a.connect_ex(('127.0.0.1', 9)); socket.socketpair()"
+    assert watched([sys.executable, "-c", quiet]).out == []
+
+
+@pytest.mark.skipif(not CAGED, reason="no network of its own for a command here: only Python processes are watched")
+def test_programs_that_are_not_python_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for address in ("tcp/198.51.100.1/80", "udp/198.51.100.1/53"):
+        trace = watched(["bash", "-c", f"echo x > /dev/{address}"])
+        assert trace.out == ["1 packets"]
+    unguarded = "import socket, time; a = socket.socket(); a.bind(('', 4321)); a.listen(); time.sleep(.5)"
+    trace = watched([sys.executable, "-S", "-c", unguarded])  # no site, and so no hook
+    assert trace.ports == ["00000000:10E1"]

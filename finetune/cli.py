@@ -23,8 +23,9 @@ import typer
 
 from finetune import __version__, datacli, hardware, runcli, shipcli, startcli, talkcli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
-from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
+from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, seconds, terminal
 from finetune.terminal import Terminal, clean
+from finetune.timelimit import TimeLimit
 
 app = typer.Typer(
     name="finetune",
@@ -92,15 +93,19 @@ def train(
     until: Annotated[
         int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
     ] = None,
+    max_time: Annotated[
+        str | None, typer.Option("--max-time", help="stop, saved, before so much time is over (2h, 90m): exit code 6")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe, or go on with it where it was interrupted."""
+    limit = None if max_time is None else TimeLimit(seconds(max_time, "--max-time"))
     check_recipe(recipe, set_)
     from finetune import pipeline
 
     screen = terminal(quiet=quiet, as_json=as_json)
-    folders = pipeline.train(recipe, set_ or (), screen, extend=extend, until=until)
+    folders = pipeline.train(recipe, set_ or (), screen, extend=extend, until=until, limit=limit)
     if as_json:
         from finetune import scores
 

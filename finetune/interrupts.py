@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C as requests: finish the step, save, leave with exit code 6. A second one leaves at once."""
+"""SIGTERM, Ctrl-C and the end of a given time as requests: finish the step, save, leave with exit code 6.
+
+A second signal leaves at once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from finetune.errors import Interrupted
+from finetune.timelimit import TimeLimit
 
 _MOMENT = 0.05
 """Seconds after which a request that was swallowed is made again."""
@@ -25,6 +29,32 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._deferring = False
+        self._limit: TimeLimit | None = None
+        self._why = "on request"
+
+    def within(self, limit: TimeLimit | None) -> None:
+        """Let the end of this time be a request too. Work that is not deferred is cut when it comes."""
+        self._limit = limit
+        self._set_alarm()
+
+    def step_done(self, seconds: float) -> None:
+        """Between two steps: ask to stop where there is no time for another one like it."""
+        if self._limit and not self._limit.allows(seconds):
+            self._time_is_up()
+
+    def saved(self, seconds: float) -> None:
+        """A save took so long, which is kept back for the last one."""
+        if self._limit:
+            self._limit.saved(seconds)
+            self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        if self._limit and not self.requested:
+            signal.setitimer(signal.ITIMER_REAL, max(_MOMENT, self._limit.left()))
+
+    def _time_is_up(self) -> None:
+        if self._limit and not self.requested:
+            self.requested, self._why = True, self._limit.words
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -33,7 +63,9 @@ class StopRequest:
         if not self._deferring:
             raise KeyboardInterrupt
 
-    def _handle_again(self, number: int, frame: FrameType | None) -> None:
+    def _alarm(self, number: int, frame: FrameType | None) -> None:
+        """The given time is over, or a request was swallowed a moment ago."""
+        self._time_is_up()
         if not self._deferring:
             raise KeyboardInterrupt
 
@@ -44,9 +76,8 @@ class StopRequest:
         else:
             sys.__unraisablehook__(unraisable)
 
-    @staticmethod
-    def interrupted(detail: str = "nothing is lost") -> Interrupted:
-        return Interrupted(f"stopped on request; {detail}", fix="the same command goes on from here")
+    def interrupted(self, detail: str = "nothing is lost") -> Interrupted:
+        return Interrupted(f"stopped {self._why}; {detail}", fix="the same command goes on from here")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -86,7 +117,7 @@ def out_of_reach() -> Iterator[None]:
 def stop_requests() -> Iterator[StopRequest]:
     """Listen while inside; afterwards the former handlers are back."""
     request = StopRequest()
-    handlers = {signal.SIGINT: request._handle, signal.SIGTERM: request._handle, signal.SIGALRM: request._handle_again}
+    handlers = {signal.SIGINT: request._handle, signal.SIGTERM: request._handle, signal.SIGALRM: request._alarm}
     former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     former_hook, sys.unraisablehook = sys.unraisablehook, request._swallowed
     try:

@@ -21,6 +21,7 @@ from finetune.prepare import Prepared
 from finetune.report import joint_lines, plan_lines
 from finetune.runfolder import RunFolder, write_json, write_page
 from finetune.terminal import Progress, Terminal, duration
+from finetune.timelimit import TimeLimit
 
 _SHOWN_ROWS = 8
 
@@ -83,11 +84,12 @@ def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[st
 
 
 def train(
-    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False, until: int | None = None
-) -> list[RunFolder]:
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False, until: int | None = None,
+    limit: TimeLimit | None = None,
+) -> list[RunFolder]:  # fmt: skip
     """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand.
 
-    ``until``: pause a single run after that step.
+    ``until``: pause a single run after that step. ``limit``: how long all of it may take.
     """
     show = _reading(terminal, "reading")
     prepared = prepare.prepare_all(recipe, overrides, progress=show)
@@ -99,11 +101,11 @@ def train(
     from finetune import train as training
 
     if len(prepared) == 1:
-        folders = [training.train(prepared[0], terminal, extend=extend, until=until)]
+        folders = [training.train(prepared[0], terminal, extend=extend, until=until, limit=limit)]
     else:
         if until is not None:
             raise RecipeError("several adapters are trained to their ends", "--until", "leave it out")
-        folders = together.train(prepared, terminal, extend=extend)
+        folders = together.train(prepared, terminal, extend=extend, limit=limit)
     for folder in folders:
         if len(folders) > 1:
             terminal.say(f"adapter {folder.root.name}")

@@ -6,16 +6,13 @@ The order of writes makes every moment resumable: identity first, then checkpoin
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, metrics, model, runpage
+from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, model, runpage, state
 from finetune import optimizer as optimizers
 from finetune import scores as score_file
-from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import StopRequest, stop_requests
@@ -23,24 +20,20 @@ from finetune.loop import Course, StepDone
 from finetune.metrics import StepLog
 from finetune.model import Policy
 from finetune.prepare import Prepared
-from finetune.recipe import yamlfile
 from finetune.run import Run
-from finetune.runfolder import (
-    RunFolder,
-    json_bytes,
-    make_folder,
-    read_json,
-    remove,
-    sync_file,
-    write_atomic,
-    write_json,
-)
+from finetune.runfolder import RunFolder, read_json, remove
 from finetune.runpage import Pages
 from finetune.terminal import ByteBar, Terminal
+from finetune.timelimit import TimeLimit
 
 
-def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False, until: int | None = None) -> RunFolder:
+def train(
+    prepared: Prepared, terminal: Terminal, *, extend: bool = False, until: int | None = None,
+    limit: TimeLimit | None = None,
+) -> RunFolder:  # fmt: skip
     """Run a prepared recipe to its end, from wherever its folder stands; ``until``: only to that step of it.
+
+    ``limit``: stop, saved, at the last step that this time has room for.
 
     Raises:
         Interrupted: stopped on request; a durable checkpoint is on the disk.
@@ -50,16 +43,17 @@ def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False, until
     run.folder.refuse_foreign()
     fresh = not run.folder.root.exists()
     try:
-        return _train(run, terminal, extend, until)
+        return _train(run, terminal, extend, until, limit)
     except ModelError:
         if fresh and not run.folder.checkpoints.exists():  # a base that does not load leaves nothing behind
             remove(run.folder.root)
         raise
 
 
-def _train(run: Run, terminal: Terminal, extend: bool, until: int | None) -> RunFolder:
+def _train(run: Run, terminal: Terminal, extend: bool, until: int | None, limit: TimeLimit | None) -> RunFolder:
     prepared = run.prepared
     with run.folder.lock(), stop_requests() as stop:
+        stop.within(limit)
         run.settle(extend)
         course = run.course()
         if is_finished(run, course):
@@ -68,7 +62,7 @@ def _train(run: Run, terminal: Terminal, extend: bool, until: int | None) -> Run
             runpage.keep(run.folder, terminal)  # it may have been killed before its last page
             return run.folder
         with ended.noting(run.folder):
-            describe(run)
+            state.describe(run)
             config, device = dict(run.identity.recipe), prepared.plan.device
             session = devices.start(prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, device)
             try:
@@ -90,15 +84,6 @@ def is_finished(run: Run, course: Course) -> bool:
     return finished.get("of", finished.get("steps")) == len(course.steps) and not manifest.faults(run.folder.adapter)
 
 
-def describe(run: Run) -> None:
-    """What is trained, as files: the recipe with every default, the plan, the rows not taken as they stand."""
-    write_atomic(run.folder.recipe, yamlfile.dump(run.prepared.recipe.to_yaml_dict()).encode())
-    write_json(run.folder.plan, run.prepared.plan.to_dict())
-    named = "".join(json.dumps(one.to_dict(), ensure_ascii=False) + "\n" for one in run.prepared.named)
-    if named:
-        write_atomic(run.folder.named_rows, named.encode())
-
-
 def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until: int | None) -> None:
     """Load, resume, train to the end of the course, then write the adapter and judge it.
 
@@ -109,7 +94,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
     policy = attach(run, model.load_base(run.base, run.form(), ByteBar(terminal, "loading the base").at))
     optimizer, scaler = optimizer_of(run, policy)
-    start = resume(run, policy, optimizer, scaler, saved)
+    start = state.resume(run, policy, optimizer, scaler, saved)
     done, total = start, len(course.steps)
     best.resume(run, start, total)
     datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
@@ -124,21 +109,23 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
         ended.note(run.folder, ended.PAUSED, f"at step {start}, as asked")
         return
     events = fallback.steps(run, policy, course, optimizer, start, scaler)
+    keeper = state.Keeper(run, policy, optimizer, scaler, stop)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
         while done < total and not stopped:
             event: StepDone = next_step(events, run)
             done = event.step
             log.step(event)
+            stop.step_done(event.seconds)
             asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
             due = done % run.prepared.recipe.train.save_every == 0 or done in (total, pause)
             if due or asked:
-                _save(run, policy, optimizer, scaler, done)
+                keeper.save(done)
             if not asked and (run.judges_at(done, total) or done == pause):
                 asked = not judged(run, policy, stop, ended.at_step(done))
                 stopped = None if asked else best.after(run, policy, done, total)
                 if (asked or stopped) and not due:
-                    _save(run, policy, optimizer, scaler, done)
+                    keeper.save(done)
             if not asked and (due or run.judges_at(done, total)):
                 pages.at(done)
             if asked:
@@ -155,12 +142,12 @@ def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None
     facts, name = best.conclude(run, policy, step, stopped)
     for said in ended.sentences({"steps": step, **facts}):
         run.terminal.say(said)
-    write_adapter(run, policy)
+    state.write_adapter(run, policy)
     if name is None:
         run.judge(policy, ended.AFTER)
     elif ended.AFTER not in score_file.read(run.folder):
         score_file.copy(run.folder, name, ended.AFTER)
-    finish(run, step, facts)
+    state.finish(run, step, facts)
 
 
 def attach(run: Run, base: Policy) -> Policy:
@@ -189,12 +176,6 @@ def optimizer_of(run: Run, policy: Policy) -> tuple[torch.optim.Optimizer, torch
     return made, torch.amp.GradScaler(run.prepared.plan.device) if fp16 else None
 
 
-def finish(run: Run, steps: int, facts: dict[str, Any] | None = None) -> None:
-    """The last file of a run: its adapter is written and judged; ``facts`` as ``ended.end`` tells them."""
-    digest = manifest.digest(run.folder.adapter / checkpoint.ADAPTER)
-    write_json(run.folder.finished, {"steps": steps, "adapter": digest, **(facts or {})})
-
-
 def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:
     """Judge between two steps; False where a request to stop cut it short."""
     try:
@@ -218,67 +199,3 @@ def next_step(events: Any, run: Run) -> Any:
         raise EnvironmentFault(
             f"out of memory: {str(error).splitlines()[0]}", "this step", "set train.micro_batch_tokens lower"
         ) from None
-
-
-def resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, saved: Checkpoint | None) -> int:
-    """Put a checkpoint's state back and cut the metrics to it; returns the number of steps done."""
-    step = 0
-    if saved is not None:
-        model.load_adapter(policy.model, saved.weights, run.folder.checkpoints)
-        checkpoint.restore_optimizer(optimizer, policy.trainable(), saved.moments)
-        if scaler and saved.scaler:
-            scaler.load_state_dict(saved.scaler)
-        step = saved.step
-        run.terminal.say(f"going on after step {step}")
-        checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
-    if saved is None and run.folder.metrics.exists() and run.folder.metrics.stat().st_size:
-        run.terminal.say("there is no checkpoint to go on from: this run begins again at its first step")
-    kept = metrics.cut(run.folder.metrics, step)
-    if kept < step:
-        run.terminal.say(f"{run.folder.metrics} has lost {step - kept} of {step} steps: the curve goes on without them")
-    return step
-
-
-def _save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
-    sync_file(run.folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
-    write_checkpoint(run, policy, optimizer, scaler, step)
-    checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
-
-
-def write_checkpoint(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
-    """The run's state after ``step`` steps, beside the checkpoints that are there. Its metrics must be flushed."""
-    state = Checkpoint(
-        step=step,
-        weights=model.adapter_weights(policy.model),
-        config=model.adapter_config(policy.model, run.prepared.plan.model),
-        moments=checkpoint.optimizer_tensors(optimizer, policy.trainable()),
-        scaler=scaler.state_dict() if scaler else None,
-    )
-    make_folder(run.folder.checkpoints)
-    checkpoint.write(run.folder.checkpoints, state)
-
-
-def write_adapter(run: Run, policy: Policy) -> None:
-    """The adapter folder, in PEFT's own format, with a manifest; scores of an earlier, shorter end go."""
-    from safetensors.torch import save as tensors_to
-
-    recipe = run.prepared.recipe
-    made = {
-        "base": recipe.model,
-        "commit": run.prepared.commit,
-        "base_sha256": run.identity.base,
-        "rope": recipe.rope,
-        "form": {key: value for key, value in asdict(run.form()).items() if key != "device"},
-    }
-    files = {
-        checkpoint.PROVENANCE: json_bytes(made),
-        checkpoint.ADAPTER: tensors_to(model.adapter_weights(policy.model), {"format": "pt"}),
-        checkpoint.CONFIG: (
-            json.dumps(model.adapter_config(policy.model, run.prepared.plan.model), indent=2) + "\n"
-        ).encode(),
-    }
-    digest = manifest.digest_bytes(files[checkpoint.ADAPTER])
-    former = read_json(run.folder.adapter / manifest.NAME) or {"sha256": {}}
-    if former["sha256"].get(checkpoint.ADAPTER) not in (None, digest):
-        score_file.drop(run.folder, ended.AFTER, "merged")
-    checkpoint.write_folder(run.folder.adapter, files)

@@ -33,7 +33,7 @@ ROAD = [
     "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
-    "comparepage", "compare", "runtable", "runview", "together", "train", "probe", "fallback", "best", "run",
+    "comparepage", "compare", "runtable", "runview", "together", "train", "state", "probe", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
     "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
@@ -44,9 +44,9 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "plot", "webpage", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "ended",
-    "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",
-    "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
+    "plot", "webpage", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "timelimit", "unfinished",
+    "ended", "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages",
+    "conversation", "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 

@@ -12,6 +12,7 @@ import torch
 from finetune import checkpoint, ended, manifest, metrics, model
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
+from finetune.copies import Copies
 from finetune.interrupts import StopRequest
 from finetune.model import Policy
 from finetune.recipe import yamlfile
@@ -51,12 +52,13 @@ def resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: A
 
 
 class Keeper:
-    """Saves a run under way, and tells ``stop`` what that takes."""
+    """Saves a run under way, has each save copied, and tells ``stop`` what that takes."""
 
     def __init__(
-        self, run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, stop: StopRequest
-    ) -> None:
-        self._run, self._state, self._stop = run, (policy, optimizer, scaler), stop
+        self, run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, stop: StopRequest,
+        copies: Copies | None,
+    ) -> None:  # fmt: skip
+        self._run, self._state, self._stop, self._copies = run, (policy, optimizer, scaler), stop, copies
         weights = sum(value.numel() * value.element_size() for value in policy.trainable().values())
         stop.saved(3 * weights / _DISK)  # with the two moments of AdamW
 
@@ -66,7 +68,9 @@ class Keeper:
         sync_file(folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
         write_checkpoint(self._run, *self._state, step)
         checkpoint.rotate(folder.checkpoints, step, self._run.prepared.recipe.train.keep_last)
-        self._stop.saved(time.monotonic() - began)
+        if self._copies:
+            self._copies.saved(step)
+        self._stop.saved(time.monotonic() - began + (self._copies.seconds if self._copies else 0.0))
 
 
 def write_checkpoint(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:

@@ -6,6 +6,7 @@ The order of writes makes every moment resumable: identity first, then checkpoin
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, model, runpage, state
 from finetune import optimizer as optimizers
 from finetune import scores as score_file
+from finetune.copies import Copies
 from finetune.devices import Session
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import StopRequest, stop_requests
@@ -52,10 +54,15 @@ def train(
 
 def _train(run: Run, terminal: Terminal, extend: bool, until: int | None, limit: TimeLimit | None) -> RunFolder:
     prepared = run.prepared
-    with run.folder.lock(), stop_requests() as stop:
+    with contextlib.ExitStack() as ends:
+        ends.enter_context(run.folder.lock())
+        stop = ends.enter_context(stop_requests())
         stop.within(limit)
+        copies = _copies(run, extend)
         run.settle(extend)
         course = run.course()
+        if copies:
+            ends.enter_context(copies.kept())
         if is_finished(run, course):
             steps = read_json(run.folder.finished)["steps"]
             terminal.say(f"this run is finished ({steps} steps): nothing to do in {run.folder.root}")
@@ -66,11 +73,22 @@ def _train(run: Run, terminal: Terminal, extend: bool, until: int | None, limit:
             config, device = dict(run.identity.recipe), prepared.plan.device
             session = devices.start(prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, device)
             try:
-                _steps(run, course, session, stop, until)
+                _steps(run, course, session, stop, until, copies)
             finally:
                 session.finish()
                 runpage.keep(run.folder, terminal)
     return run.folder
+
+
+def _copies(run: Run, extend: bool) -> Copies | None:
+    """Where the recipe has the run copied to; an empty folder gets the newest copy from there."""
+    wanted = run.prepared.recipe.train
+    if wanted.copy_to is None:
+        return None
+    copies = Copies(wanted.copy_to, run.folder, wanted.keep_last, run.terminal)
+    run.folder.clear_leftovers()
+    copies.fetch(run.identity, extend=extend)
+    return copies
 
 
 def is_finished(run: Run, course: Course) -> bool:
@@ -84,7 +102,9 @@ def is_finished(run: Run, course: Course) -> bool:
     return finished.get("of", finished.get("steps")) == len(course.steps) and not manifest.faults(run.folder.adapter)
 
 
-def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until: int | None) -> None:
+def _steps(
+    run: Run, course: Course, session: Session, stop: StopRequest, until: int | None, copies: Copies | None
+) -> None:
     """Load, resume, train to the end of the course, then write the adapter and judge it.
 
     ``until``: judge at that step and pause there. The course stays the whole one, and its bits are an unbroken run's.
@@ -109,7 +129,7 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
         ended.note(run.folder, ended.PAUSED, f"at step {start}, as asked")
         return
     events = fallback.steps(run, policy, course, optimizer, start, scaler)
-    keeper = state.Keeper(run, policy, optimizer, scaler, stop)
+    keeper = state.Keeper(run, policy, optimizer, scaler, stop, copies)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     with stop.deferred():
         while done < total and not stopped:

@@ -21,11 +21,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune import __version__, datacli, hardware, runcli, shipcli, startcli, talkcli
+from finetune import __version__, datacli, hardware, runcli, shipcli, startcli, talkcli, traincli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
-from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, seconds, terminal
+from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
 from finetune.terminal import Terminal, clean
-from finetune.timelimit import TimeLimit
 
 app = typer.Typer(
     name="finetune",
@@ -85,33 +84,6 @@ def plan(
         print_json(made)
 
 
-@app.command()
-def train(
-    recipe: RecipePath,
-    set_: Overrides = None,
-    extend: Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")] = False,
-    until: Annotated[
-        int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
-    ] = None,
-    max_time: Annotated[
-        str | None, typer.Option("--max-time", help="stop, saved, before so much time is over (2h, 90m): exit code 6")
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run a recipe, or go on with it where it was interrupted."""
-    limit = None if max_time is None else TimeLimit(seconds(max_time, "--max-time"))
-    check_recipe(recipe, set_)
-    from finetune import pipeline
-
-    screen = terminal(quiet=quiet, as_json=as_json)
-    folders = pipeline.train(recipe, set_ or (), screen, extend=extend, until=until, limit=limit)
-    if as_json:
-        from finetune import scores
-
-        print_json({"runs": [scores.outcome(folder) for folder in folders]})
-
-
 app.add_typer(datacli.app, name="data")
 
 
@@ -125,7 +97,7 @@ def eval_(run: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
         print_json({"run": str(run), "scores": found})
 
 
-for _verb in (*startcli.VERBS, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS):
+for _verb in (*startcli.VERBS, traincli.train, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS):
     app.command()(_verb)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from finetune.checkpoint import Checkpoint
 from finetune.copies import Copies
 from finetune.interrupts import StopRequest
 from finetune.model import Policy
+from finetune.peers import COMPARE, PeerLost, Peers
 from finetune.recipe import yamlfile
 from finetune.run import Run
 from finetune.runfolder import json_bytes, make_folder, read_json, sync_file, write_atomic, write_json
@@ -36,10 +41,7 @@ def resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: A
     """Put a checkpoint's state back and cut the metrics to it; returns the number of steps done."""
     step = 0
     if saved is not None:
-        model.load_adapter(policy.model, saved.weights, run.folder.checkpoints)
-        checkpoint.restore_optimizer(optimizer, policy.trainable(), saved.moments)
-        if scaler and saved.scaler:
-            scaler.load_state_dict(saved.scaler)
+        put_back(policy, optimizer, scaler, saved, run.folder.checkpoints)
         step = saved.step
         run.terminal.say(f"going on after step {step}")
         checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
@@ -49,6 +51,37 @@ def resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: A
     if kept < step:
         run.terminal.say(f"{run.folder.metrics} has lost {step - kept} of {step} steps: the curve goes on without them")
     return step
+
+
+def put_back(policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, saved: Checkpoint, place: Path) -> None:
+    """A checkpoint's weights, moments and loss scale into what trains; ``place``: where it is from, for faults."""
+    model.load_adapter(policy.model, saved.weights, place)
+    checkpoint.restore_optimizer(optimizer, policy.trainable(), saved.moments)
+    if scaler and saved.scaler:
+        scaler.load_state_dict(saved.scaler)
+
+
+def give(peers: Peers, saved: Checkpoint | None) -> None:
+    """Send the others the checkpoint that the first process goes on from; none for a fresh start."""
+    files = checkpoint.to_files(saved) if saved else dict.fromkeys(checkpoint.FILES, b"")
+    for name in checkpoint.FILES:
+        peers.send(files[name])
+
+
+def take(peers: Peers) -> Checkpoint | None:
+    """What the first process gives."""
+    files = {name: peers.send() for name in checkpoint.FILES}
+    return checkpoint.from_files(files) if files[checkpoint.STATE] else None
+
+
+def fingerprint(policy: Policy, optimizer: torch.optim.Optimizer) -> str:
+    """A digest of all that a checkpoint keeps: equal on all processes of a job."""
+    total = hashlib.sha256()
+    kept = {**model.adapter_weights(policy.model), **checkpoint.optimizer_tensors(optimizer, policy.trainable())}
+    for name in sorted(kept):
+        total.update(name.encode())
+        total.update(kept[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 class Keeper:
@@ -61,13 +94,41 @@ class Keeper:
         self._run, self._state, self._stop, self._copies = run, (policy, optimizer, scaler), stop, copies
         weights = sum(value.numel() * value.element_size() for value in policy.trainable().values())
         stop.saved(3 * weights / _DISK)  # with the two moments of AdamW
+        self._last = self.done = 0
+        """The steps that are saved, and those that are done."""
+
+    @contextlib.contextmanager
+    def rescuing(self) -> Iterator[None]:
+        """Where another process of the job is lost inside, the steps that were done are saved before all else."""
+        try:
+            yield
+        except PeerLost as lost:
+            if self.done != self._last:
+                self._write(self.done)
+            what = f"{lost.faults[0].what}; step {self.done} is saved in {self._run.folder.root}"
+            raise PeerLost(what, fix="the same command goes on from here") from None
 
     def save(self, step: int) -> None:
-        """The state after ``step`` steps, durable; then older checkpoints go."""
+        """The state after ``step`` steps, the same on all processes, durable; then older checkpoints go."""
+        self.compare()
+        self._write(step)
+
+    def begin(self, step: int) -> None:
+        """The run stands at ``step``, in the state that was saved then or in a fresh one: the same everywhere?"""
+        self._last = self.done = step
+        self.compare()
+
+    def compare(self) -> None:
+        """Hold the other processes' state against this one's."""
+        self._run.peers.say(COMPARE)
+        self._run.peers.compare(lambda: fingerprint(*self._state[:2]), "the state")
+
+    def _write(self, step: int) -> None:
         began, folder = time.monotonic(), self._run.folder
         sync_file(folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
         write_checkpoint(self._run, *self._state, step)
         checkpoint.rotate(folder.checkpoints, step, self._run.prepared.recipe.train.keep_last)
+        self._last = step
         if self._copies:
             self._copies.saved(step)
         self._stop.saved(time.monotonic() - began + (self._copies.seconds if self._copies else 0.0))

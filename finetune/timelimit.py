@@ -27,9 +27,13 @@ class TimeLimit:
         """A save took, or is expected to take, so long."""
         self._saving = max(self._saving, seconds)
 
+    def remaining(self) -> float:
+        """Seconds to the end."""
+        return self._end - self._clock()
+
     def left(self) -> float:
         """Seconds that work may still take: what a save and the end of the process take is kept back."""
-        return self._end - self._clock() - _MARGIN * self._saving - _CLOSING
+        return self.remaining() - _MARGIN * self._saving - _CLOSING
 
     def allows(self, step: float) -> bool:
         """Whether another step fits, after one that took ``step`` seconds; the slowest of the last ones counts."""

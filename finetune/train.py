@@ -7,12 +7,15 @@ The order of writes makes every moment resumable: identity first, then checkpoin
 from __future__ import annotations
 
 import contextlib
+import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, model, runpage, state
+from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, model, runpage, schedule, state
 from finetune import optimizer as optimizers
+from finetune import peers as peers_of_job
 from finetune import scores as score_file
 from finetune.copies import Copies
 from finetune.devices import Session
@@ -21,6 +24,7 @@ from finetune.interrupts import StopRequest, stop_requests
 from finetune.loop import Course, StepDone
 from finetune.metrics import StepLog
 from finetune.model import Policy
+from finetune.peers import ALONE, STEP, Peers
 from finetune.prepare import Prepared
 from finetune.run import Run
 from finetune.runfolder import RunFolder, read_json, remove
@@ -28,20 +32,24 @@ from finetune.runpage import Pages
 from finetune.terminal import ByteBar, Terminal
 from finetune.timelimit import TimeLimit
 
+_EVEN = 0.8
+"""Share of the time at work below which it is said how there is more of it."""
+
 
 def train(
     prepared: Prepared, terminal: Terminal, *, extend: bool = False, until: int | None = None,
-    limit: TimeLimit | None = None,
+    limit: TimeLimit | None = None, peers: Peers = ALONE,
 ) -> RunFolder:  # fmt: skip
     """Run a prepared recipe to its end, from wherever its folder stands; ``until``: only to that step of it.
 
-    ``limit``: stop, saved, at the last step that this time has room for.
+    ``limit``: stop, saved, at the last step that this time has room for. ``peers``: processes that compute a share of
+    each step.
 
     Raises:
         Interrupted: stopped on request; a durable checkpoint is on the disk.
         FinetuneError: as each step says.
     """
-    run = Run(prepared, terminal)
+    run = Run(prepared, terminal, peers=peers)
     run.folder.refuse_foreign()
     fresh = not run.folder.root.exists()
     try:
@@ -61,19 +69,28 @@ def _train(run: Run, terminal: Terminal, extend: bool, until: int | None, limit:
         copies = _copies(run, extend)
         run.settle(extend)
         course = run.course()
+        finished = is_finished(run, course)
+        run.peers.send(b"" if finished else json.dumps(asdict(run.identity)).encode())
         if copies:
             ends.enter_context(copies.kept())
-        if is_finished(run, course):
+        if finished:
             steps = read_json(run.folder.finished)["steps"]
             terminal.say(f"this run is finished ({steps} steps): nothing to do in {run.folder.root}")
             runpage.keep(run.folder, terminal)  # it may have been killed before its last page
             return run.folder
         with ended.noting(run.folder):
             state.describe(run)
+            if run.peers.world > 1:
+                terminal.say(shared(run, course))
             config, device = dict(run.identity.recipe), prepared.plan.device
             session = devices.start(prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, device)
             try:
-                _steps(run, course, session, stop, until, copies)
+                try:
+                    end = _steps(run, course, session, stop, until, copies)
+                finally:
+                    run.peers.over()  # what comes now is the first one's alone
+                if end:
+                    conclude(run, *end)
             finally:
                 session.finish()
                 runpage.keep(run.folder, terminal)
@@ -91,6 +108,19 @@ def _copies(run: Run, extend: bool) -> Copies | None:
     return copies
 
 
+def shared(run: Run, course: Course) -> str:
+    """How evenly the steps' micro-batches can be dealt out, in words; the first hundred steps are looked at."""
+    lengths, world = run.samples.lengths, run.peers.world
+    work = spent = 0
+    for step in course.steps[:100]:
+        sizes = [int(lengths[index]) for index in step]
+        tokens = [sum(sizes[i] for i in pack) for pack in schedule.pack(sizes, course.micro_batch_tokens)]
+        work += sum(tokens)
+        spent += world * max(sum(tokens[number] for number in numbers) for numbers in peers_of_job.deal(tokens, world))
+    said = f"{world} processes share each step's micro-batches and are at work {work / spent:.0%} of the time"
+    return said if work / spent > _EVEN else f"{said}: set train.micro_batch_tokens lower, or processes"
+
+
 def is_finished(run: Run, course: Course) -> bool:
     """Whether the run stands at the end of this very course, its adapter whole."""
     finished = read_json(run.folder.finished)
@@ -104,8 +134,8 @@ def is_finished(run: Run, course: Course) -> bool:
 
 def _steps(
     run: Run, course: Course, session: Session, stop: StopRequest, until: int | None, copies: Copies | None
-) -> None:
-    """Load, resume, train to the end of the course, then write the adapter and judge it.
+) -> tuple[Policy, int, dict[str, Any] | None] | None:
+    """Load, resume, train to the end of the course; as ``conclude`` takes it, None where it pauses before.
 
     ``until``: judge at that step and pause there. The course stays the whole one, and its bits are an unbroken run's.
     """
@@ -115,6 +145,7 @@ def _steps(
     policy = attach(run, model.load_base(run.base, run.form(), ByteBar(terminal, "loading the base").at))
     optimizer, scaler = optimizer_of(run, policy)
     start = state.resume(run, policy, optimizer, scaler, saved)
+    state.give(run.peers, saved)
     done, total = start, len(course.steps)
     best.resume(run, start, total)
     datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
@@ -127,17 +158,20 @@ def _steps(
     if pause is not None and pause <= start and not stopped:
         terminal.say(f"this run stands at step {start} of {total}: nothing to do until step {pause}")
         ended.note(run.folder, ended.PAUSED, f"at step {start}, as asked")
-        return
+        return None
     events = fallback.steps(run, policy, course, optimizer, start, scaler)
     keeper = state.Keeper(run, policy, optimizer, scaler, stop, copies)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
-    with stop.deferred():
+    keeper.begin(start)
+    with stop.deferred(), keeper.rescuing():
         while done < total and not stopped:
             event: StepDone = next_step(events, run)
-            done = event.step
+            keeper.done = done = event.step
             log.step(event)
             stop.step_done(event.seconds)
-            asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
+            asked = (
+                stop.requested or run.peers.asked()
+            )  # read once: a request that comes later must not pass for one that was saved
             due = done % run.prepared.recipe.train.save_every == 0 or done in (total, pause)
             if due or asked:
                 keeper.save(done)
@@ -153,8 +187,8 @@ def _steps(
             if done == pause and not stopped:
                 ended.note(run.folder, ended.PAUSED, f"at step {done}, as asked")
                 terminal.say(f"paused after step {done} of {total}, as asked; without --until the command goes on")
-                return
-    conclude(run, policy, done, stopped)
+                return None
+    return policy, done, stopped
 
 
 def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None) -> None:
@@ -208,6 +242,7 @@ def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:
 
 def next_step(events: Any, run: Run) -> Any:
     """What the loop yields next; a fault in it gets the last good checkpoint's name."""
+    run.peers.say(STEP)
     try:
         return next(events)
     except ModelError as error:

@@ -20,6 +20,7 @@ ENTRANCE = [
     "shipcli",
     "runcli",
     "talkcli",
+    "traincli",
     "options",
     "pipeline",
     "chat",
@@ -33,18 +34,19 @@ ROAD = [
     "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
-    "comparepage", "compare", "runtable", "runview", "together", "train", "state", "copies", "probe", "fallback",
+    "comparepage", "compare", "runtable", "runview", "launch",
+    "together", "follow", "train", "state", "copies", "probe", "fallback",
     "best", "run", "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
     "gather", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
-    "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
+    "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "peers", "checkpoint",
     "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
     "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
     "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "plot", "webpage", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "timelimit", "unfinished",
+    "plot", "webpage", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "jobplace", "timelimit", "unfinished",
     "ended", "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages",
     "conversation", "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip

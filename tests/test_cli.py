@@ -207,7 +207,7 @@ def test_a_plan_as_json_is_json_alone(work: Path) -> None:
 def test_eval_gives_the_runs_own_scores(finished: Path) -> None:
     said = finetune("eval", str(OUTPUT))
     assert (said.code, said.err) == (0, "")
-    found = json.loads((OUTPUT / "evaluation.json").read_text())
+    found = json.loads((OUTPUT / "evaluation.json").read_text())["scores"]
     stored = json.loads((OUTPUT / "scores.json").read_text())
     assert found == {"base": stored["before"], "adapter": stored["after"]}
     assert found["base"] != found["adapter"]

@@ -102,7 +102,8 @@ def test_tests_mirror_the_package() -> None:
         "runsections": "test_runpage",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",
-        "runcli": "test_compare", "talkcli": "test_chat", "sweepplan": "test_sweep",
+        "runcli": "test_compare", "talkcli": "test_chat", "sweepplan": "test_sweep", "judgecli": "test_judgement",
+        "bare": "test_judgement",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

@@ -14,37 +14,26 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "cli",
-    "startcli",
-    "datacli",
-    "shipcli",
-    "runcli",
-    "talkcli",
-    "options",
-    "pipeline",
-    "chat",
-    "serve",
-    "endpoint",
-    "openai_api",
-    "session",
-    "answer",
-]
+    "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "options", "pipeline", "chat", "serve",
+    "endpoint", "openai_api", "session", "answer",
+]  # fmt: skip
 ROAD = [
-    "doctor", "numerics", "draft", "proposal", "survey",
+    "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "draft", "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
     "comparepage", "compare", "runtable", "runview", "together", "train", "probe", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
-    "gather", "source", "datafix", "datashow", "datacheck", "repeats",
+    "gather", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
-    "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
+    "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
     "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
     "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
     "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "plot", "webpage", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "unfinished", "ended",
+    "plot", "webpage", "gguf_file", "answer_schema", "pattern", "endings", "llamacpp", "llamaruntime", "interrupts",
+    "unfinished", "ended",
     "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",
     "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip

@@ -275,9 +275,8 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded temporary folder; on leaving without an error it becomes ``path`` in one rename.
-
-    A folder that is already there is moved aside first and removed last.
+    """Fill the yielded temporary folder; on leaving without an error it becomes ``path`` in one rename. A folder that
+    is already there is moved aside first and removed last.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")

@@ -217,8 +217,8 @@ def test_eval_gives_the_runs_own_scores(finished: Path) -> None:
 def test_eval_without_held_out_rows_says_so(work: Path) -> None:
     assert runs.train("data.eval_path=null", "evaluate.metrics=[loss]", "train.steps=1").code == 0
     said = finetune("eval", str(OUTPUT))
-    assert said.code == 5
-    assert "this run has no held-out rows" in said.err
+    assert said.code == 3
+    assert "there are no rows to judge on" in said.err
 
 
 def test_summary_says_what_to_type_next(finished: Path) -> None:

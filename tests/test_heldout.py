@@ -91,6 +91,8 @@ def test_whose_words_each_supervised_token_is(tiny_base: Path) -> None:
         by_role[role] = policy.tokenizer.decode([one for one, own in zip(said, roles, strict=True) if own == role])
     assert list(by_role) == ["system", "user", "assistant"]
     assert "Be short." in by_role["system"]
+    assert by_role["user"].startswith("<|im_start|>user")  # the frame goes with its turn
+    assert by_role["assistant"].startswith("<|im_start|>assistant")
     assert re.sub(r"<\|.*?\|>|\s|user", "", by_role["user"]) == "Is2even?And3?"
     assert re.sub(r"<\|.*?\|>|\s|assistant", "", by_role["assistant"]) == "yesno"
 

@@ -106,6 +106,24 @@ def test_cut_off_after_any_batch_the_same_command_ends_with_the_same_bytes(
     assert OUT.read_bytes() == Path("whole.jsonl").read_bytes()
 
 
+def test_cut_off_again_and_again_nothing_is_asked_twice(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(out=Path("whole.jsonl")).code == 0
+    real, calls = predict.answered, list[Any]()
+
+    def once(*arguments: Any) -> Any:
+        if calls and calls[-1] is not None:
+            calls.append(None)
+            raise KeyboardInterrupt
+        calls.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(predict, "answered", once)
+    assert [ask().code for _ in range(4)] == [6, 6, 6, 0]
+    asked = [row for call in calls if call is not None for row in call]
+    assert sorted(asked) == list(range(len(ROWS)))
+    assert OUT.read_bytes() == Path("whole.jsonl").read_bytes()
+
+
 def test_a_torn_end_is_answered_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(out=Path("whole.jsonl")).code == 0
     part = Path("answers.jsonl.part")

@@ -66,7 +66,7 @@ def course(draft: Draft, names: Names, *, packed: int | None = None) -> None:
     if settings.has("save_total_limit"):
         draft.put("train.keep_last", settings.count("save_total_limit", 2), "save_total_limit")
     draft.put("train.seed", settings.count("seed", 42, least=0), "seed")
-    tracker(draft, settings.items("report_to") or [names.report_default])
+    tracker(draft, settings.items("report_to"), names.report_default)
 
 
 def _length(draft: Draft, made: Course, names: Names) -> None:
@@ -125,14 +125,13 @@ def rates(draft: Draft, names: Names) -> None:
 
 
 def scheduler(draft: Draft, usual: Mapping[str, str] | None = None) -> None:
-    """A scheduler of the DeepSpeed file is the one that runs; ``usual``: that of well-known files which are not here."""
+    """A scheduler of the DeepSpeed file is the one that runs; ``usual``: that of known files which are not here."""
     settings = draft.settings
     name = settings.raw("deepspeed")
     if not name:
         return
     draft.lost("deepspeed", "a run is trained on one device; with all devices' rows in one step the update is the same")
-    kind, file = _deepspeed(draft, name)
-    kind = kind or (usual or {}).get(file, "")
+    kind, file = _deepspeed(draft, name, usual or {})
     asked, ours = draft.lines["train.schedule"][0], _SCHEDULERS.get(kind, "")
     if ours and ours != asked:
         draft.put("train.schedule", ours, "deepspeed", value=kind, note="the DeepSpeed file's scheduler runs")
@@ -147,7 +146,7 @@ def scheduler(draft: Draft, usual: Mapping[str, str] | None = None) -> None:
         )
 
 
-def _deepspeed(draft: Draft, name: Any) -> tuple[str, str]:
+def _deepspeed(draft: Draft, name: Any, usual: Mapping[str, str]) -> tuple[str, str]:
     """The kind of scheduler that a DeepSpeed file, or section, has, and the file's name."""
     found = name if isinstance(name, dict) else {}
     path = Path("deepspeed") if isinstance(name, dict) else Path(draft.settings.find(str(name)))
@@ -156,6 +155,8 @@ def _deepspeed(draft: Draft, name: Any) -> tuple[str, str]:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             draft.settings.fault("deepspeed", f"{short(name)} is not valid JSON", "mend it")
+    elif path.name in usual:
+        return usual[path.name], path.name
     elif path.suffix == ".json":
         draft.differs("deepspeed", f"{short(name)} is not here: a scheduler in it runs in place of lr_scheduler_type")
     section = found.get("scheduler") if isinstance(found, dict) else None
@@ -206,10 +207,10 @@ def _every(draft: Draft, what: str, default: str) -> float | str:
     return "epoch" if strategy == "epoch" else "no"
 
 
-def tracker(draft: Draft, names: list[str]) -> None:
-    draft.settings.used.add("report_to")
+def tracker(draft: Draft, names: list[str], default: str) -> None:
+    """A tracker that nobody asked for needs no package to be installed: none."""
     ours = next((name for name in TRACKERS if name in names), "none")
-    draft.put("tracker", ours, "report_to", value=" ".join(names))
+    draft.put("tracker", ours, "report_to", value=" ".join(names) or default)
 
 
 def total_steps(made: Course, rows: int | None) -> int | None:
@@ -232,7 +233,7 @@ def settle(draft: Draft, rows: int | None) -> None:
     kept = _hold_out(draft, made, rows)
     total = total_steps(made, kept)
     _settle_warmup(draft, made, total)
-    each = None if total is None else max(1, round(total / made.epochs)) if made.steps is None else None
+    each = None if total is None else math.ceil(total / made.epochs) if made.steps is None else None
     _settle_every(draft, made.save_keys, "train.save_every", made.save, total, each)
     if {"data.eval_path", "data.eval_fraction"} & set(draft.lines):
         _settle_every(draft, made.evaluate_keys, "evaluate.every", made.evaluate, total, each)

@@ -10,7 +10,7 @@ DeepSpeed integration: a scheduler in the DeepSpeed file replaces ``lr_scheduler
 from __future__ import annotations
 
 from finetune import importers
-from finetune.foreign import Draft, Settings, short
+from finetune.foreign import Draft, Settings
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
 from finetune.hftrainer import Names, course, scheduler
 

@@ -20,8 +20,8 @@ from finetune.hftrainer import Names, course, scheduler
 
 SIGNS = frozenset({
     "stage", "finetuning_type", "template", "dataset_dir", "cutoff_len", "lora_rank", "lora_target",
-    "quantization_bit", "neat_packing", "val_size", "mask_history", "train_on_prompt", "model_name_or_path",
-    "preprocessing_num_workers", "interleave_probs", "loraplus_lr_ratio", "flash_attn", "plot_loss",
+    "quantization_bit", "neat_packing", "val_size", "mask_history", "train_on_prompt", "preprocessing_num_workers",
+    "interleave_probs", "loraplus_lr_ratio", "flash_attn", "plot_loss",
 })  # fmt: skip
 COMMANDS = (("llamafactory-cli", "train"), ("llamafactory.cli", "train"))
 _INFO = "dataset_info.json"

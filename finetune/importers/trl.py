@@ -15,8 +15,7 @@ from finetune.hftrainer import Names, course, scheduler
 SIGNS = frozenset({
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "use_peft", "load_in_4bit",
     "lora_r", "lora_target_modules", "max_seq_length", "assistant_only_loss", "completion_only_loss",
-    "dataset_text_field", "packing_strategy", "use_bnb_nested_quant", "model_name_or_path",
-    "per_device_train_batch_size", "dtype",
+    "dataset_text_field", "packing_strategy", "use_bnb_nested_quant", "dtype",
 })  # fmt: skip
 COMMANDS = (("trl", "sft"), ("sft.py",))
 _OLD = {
@@ -165,6 +164,8 @@ def _mixed(made: Draft, settings: Settings, declared: object) -> Origin:
 def _loss(made: Draft, settings: Settings, paths: list[str]) -> None:
     only = settings.truth("assistant_only_loss", default=False)
     kinds = {shape(settings.place.columns(path)) for path in paths}
+    if any({"chosen", "rejected"} <= set(settings.place.columns(path) or ()) for path in paths):
+        raise settings.stop("dataset_name", "its rows are preference pairs: no objective here trains on them")
     pairs = settings.truth("completion_only_loss", default=kinds == {"pairs"})
     ours = "assistant" if only or pairs else "all"
     made.put("data.train_on", ours, "assistant_only_loss", "completion_only_loss", value=f"{only}, {pairs}".lower())

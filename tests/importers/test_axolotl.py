@@ -35,11 +35,12 @@ def test_the_example_has_the_same_meaning(place: Path) -> None:
     found = Imported("axolotl.yaml")
     assert found.json["trainer"] == "axolotl"
     expected = {
-        "model": "base", "quantize.weights": "nf4", "adapter.r": 16, "adapter.lora_alpha": 32, "adapter.lora_dropout": 0.1,
-        "adapter.target_modules": "all-linear", "train.max_length": 256, "data.over_length": "drop", "train.epochs": 10,
-        "train.examples_per_step": 2, "train.learning_rate": 3e-4, "train.schedule": "cosine", "train.weight_decay": 0.01,
-        "train.optimizer": "paged_adamw_8bit", "data.eval_fraction": 0.2, "train.warmup": 3, "train.save_every": 5,
-        "evaluate.every": 10, "train.keep_last": 4, "train.seed": 42, "tracker": "wandb", "data.train_on": "assistant",
+        "model": "base", "quantize.weights": "nf4", "adapter.r": 16, "adapter.lora_alpha": 32,
+        "adapter.lora_dropout": 0.1, "adapter.target_modules": "all-linear", "train.max_length": 256,
+        "data.over_length": "drop", "train.epochs": 10, "train.examples_per_step": 2, "train.learning_rate": 3e-4,
+        "train.schedule": "cosine", "train.weight_decay": 0.01, "train.optimizer": "paged_adamw_8bit",
+        "data.eval_fraction": 0.2, "train.warmup": 3, "train.save_every": 5, "evaluate.every": 10,
+        "train.keep_last": 4, "train.seed": 42, "tracker": "wandb", "data.train_on": "assistant",
     }  # fmt: skip
     assert {key: found.values[key] for key in expected} == expected
     assert found.recipe is not None

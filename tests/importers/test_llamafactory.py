@@ -34,11 +34,12 @@ def test_the_example_has_the_same_meaning() -> None:
     found = Imported("llamafactory.yaml")
     assert found.json["trainer"] == "llamafactory"
     expected = {
-        "model": "base", "quantize.weights": "nf4", "adapter.r": 12, "adapter.lora_alpha": 24, "adapter.lora_dropout": 0.0,
-        "adapter.target_modules": ["q_proj", "v_proj", "down_proj"], "train.lora_plus_ratio": 16, "train.max_length": 512,
-        "data.train_path": "train.jsonl", "train.epochs": 3.0, "train.examples_per_step": 2, "train.learning_rate": 1e-4,
-        "train.schedule": "cosine", "train.warmup": 3, "train.save_every": 14, "evaluate.every": 2,
-        "data.eval_fraction": 0.25, "train.seed": 42, "data.train_on": "assistant", "output": "saves/shop",
+        "model": "base", "quantize.weights": "nf4", "adapter.r": 12, "adapter.lora_alpha": 24,
+        "adapter.lora_dropout": 0.0, "adapter.target_modules": ["q_proj", "v_proj", "down_proj"],
+        "train.lora_plus_ratio": 16, "train.max_length": 512, "data.train_path": "train.jsonl", "train.epochs": 3.0,
+        "train.examples_per_step": 2, "train.learning_rate": 1e-4, "train.schedule": "cosine", "train.warmup": 3,
+        "train.save_every": 14, "evaluate.every": 2, "data.eval_fraction": 0.25, "train.seed": 42,
+        "data.train_on": "assistant", "output": "saves/shop",
     }  # fmt: skip
     assert {key: found.values[key] for key in expected} == expected
     assert found.recipe is not None
@@ -75,9 +76,10 @@ def test_the_known_keys_are_its_packages() -> None:
 def test_defaults_alone() -> None:
     found = bare("")
     expected = {
-        "quantize.weights": "bf16", "adapter.r": 8, "adapter.lora_alpha": 16, "adapter.target_modules": "all-linear",
-        "train.max_length": 2048, "train.examples_per_step": 8, "train.epochs": 3.0, "train.learning_rate": 5e-5,
-        "train.schedule": "linear", "train.warmup": 0, "train.save_every": 500,
+        "quantize.weights": "bf16", "adapter.r": 8, "adapter.lora_alpha": 16,
+        "adapter.target_modules": "all-linear", "train.max_length": 2048, "train.examples_per_step": 8,
+        "train.epochs": 3.0, "train.learning_rate": 5e-5, "train.schedule": "linear", "train.warmup": 0,
+        "train.save_every": 500,
     }  # fmt: skip
     assert {key: found.values[key] for key in expected} == expected
     assert "cut in proportion" in found.about("cutoff_len")

@@ -34,8 +34,8 @@ def test_the_script_has_the_same_meaning() -> None:
         "model": "Qwen/Qwen-14B-Chat", "quantize.weights": "nf4", "quantize.compute": "fp16", "adapter.r": 64,
         "adapter.lora_alpha": 16, "adapter.lora_dropout": 0.05, "train.max_length": 512, "train.epochs": 5,
         "train.examples_per_step": 8, "train.learning_rate": 3e-4, "train.weight_decay": 0.1, "train.warmup": 3,
-        "train.save_every": 1000, "train.keep_last": 10, "train.seed": 42, "tracker": "none", "data.train_path": "train.json",
-        "output": "runs/qwen",
+        "train.save_every": 1000, "train.keep_last": 10, "train.seed": 42, "tracker": "none",
+        "data.train_path": "train.json", "output": "runs/qwen",
     }  # fmt: skip
     assert {key: found.values[key] for key in expected} == expected
     assert found.recipe is not None

@@ -17,11 +17,12 @@ def test_the_script_has_the_same_meaning(place: Path) -> None:
     found = Imported("swift.sh")
     assert found.json["trainer"] == "swift"
     expected = {
-        "model": "base", "quantize.weights": "bf16", "adapter.r": 8, "adapter.lora_alpha": 16, "adapter.lora_dropout": 0.05,
-        "adapter.target_modules": "all-linear", "train.max_length": 512, "train.epochs": 4, "train.examples_per_step": 4,
-        "train.learning_rate": 1e-4, "train.schedule": "cosine", "train.weight_decay": 0.1, "data.eval_fraction": 0.2,
-        "train.warmup": 5, "train.save_every": 10, "evaluate.every": 10, "train.keep_last": 2, "train.seed": 42,
-        "tracker": "none", "data.train_path": "train.jsonl", "output": "output",
+        "model": "base", "quantize.weights": "bf16", "adapter.r": 8, "adapter.lora_alpha": 16,
+        "adapter.lora_dropout": 0.05, "adapter.target_modules": "all-linear", "train.max_length": 512,
+        "train.epochs": 4, "train.examples_per_step": 4, "train.learning_rate": 1e-4, "train.schedule": "cosine",
+        "train.weight_decay": 0.1, "data.eval_fraction": 0.2, "train.warmup": 5, "train.save_every": 10,
+        "evaluate.every": 10, "train.keep_last": 2, "train.seed": 42, "tracker": "none",
+        "data.train_path": "train.jsonl", "output": "output",
     }  # fmt: skip
     assert {key: found.values[key] for key in expected} == expected
     assert "#500" in found.about("dataset", "lost")
@@ -50,8 +51,8 @@ def test_defaults_are_those_of_its_package() -> None:
     swift = facts.source("swift")
     base = facts.defaults(swift / "trainers" / "arguments.py", "TrainArgumentsMixin")
     read = {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": None, "weight_decay": 0.1, "adam_beta2": 0.95,
-        "lr_scheduler_type": "cosine", "warmup_ratio": 0.0,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": None, "weight_decay": 0.1,
+        "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "warmup_ratio": 0.0,
     }  # fmt: skip
     assert {key: base[key] for key in read} == read
     tuner = facts.defaults(swift / "arguments" / "tuner_args.py", "TunerArguments")

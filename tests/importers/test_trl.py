@@ -22,7 +22,8 @@ parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfi
 parsed = parser.parse_args_and_config(["--config", sys.argv[1], "--use_cpu"], fail_with_unknown_args=False)
 names = [[field.name for field in dataclasses.fields(one)] for one in parsed]
 values = {name: getattr(one, name) for one, fields in zip(parsed, names) for name in fields}
-print(json.dumps({key: value for key, value in values.items() if isinstance(value, (int, float, str, bool, list, type(None)))}))
+plain = (int, float, str, bool, list, type(None))
+print(json.dumps({key: value for key, value in values.items() if isinstance(value, plain)}))
 """
 
 
@@ -162,3 +163,10 @@ def test_a_mixture_becomes_sources(place: Path) -> None:
     assert found.values["data.eval_fraction"] == 0.1
     assert "share of rows" in found.about("datasets", "lost")
     plan()
+
+
+def test_preference_pairs_are_refused(place: Path, samples: Path) -> None:
+    Path("train.jsonl").write_text((samples / "preference.jsonl").read_text())
+    Path("c.yaml").write_text("model_name_or_path: base\ndataset_name: train.jsonl\nuse_peft: true\n")
+    said = finetune("import", "c.yaml", "--from", "trl")
+    assert (said.code, "preference pairs" in said.err) == (2, True)

@@ -124,16 +124,16 @@ class Settings:
     def given(self, key: str) -> float | None:
         """A number, also as text (PyYAML reads 1e-4 as text, and the trainers turn it into a number); else None."""
         value = self.raw(key)
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-            return value
+        if value is None:
+            return None
         try:
-            number = float(value) if isinstance(value, str) else None
-        except ValueError:
+            number = None if isinstance(value, bool | list | dict) else float(value)
+        except (ValueError, OverflowError):
             number = None
         if number is None or not abs(number) < _MOST:
             self.fault(key, f"must be a number; found {short(value)}")
             return None
-        return number
+        return value if isinstance(value, int | float) else number
 
     def count(self, key: str, default: int, least: int = 1) -> int:
         number = self.number(key, default)

@@ -37,7 +37,7 @@ class Origin:
             "split": self.split if self.split != "train" else "", "subset": self.subset, "revision": self.revision,
             "share": self.share,
         }  # fmt: skip
-        return {key: value for key, value in found.items() if value}
+        return {key: value for key, value in found.items() if value or key == "path"}
 
 
 def targets(draft: Draft, key: str, names: Sequence[str], note: str = "") -> None:

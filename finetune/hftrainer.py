@@ -59,6 +59,9 @@ def course(draft: Draft, names: Names, *, packed: int | None = None) -> None:
         save=_every(draft, "save", "steps"), evaluate=_every(draft, "eval", "no"), packed=packed is not None,
         rounding=math.ceil,
     )  # fmt: skip
+    if draft.course.epochs <= 0:
+        settings.fault(names.epochs, f"must be above 0; found {short(draft.course.epochs)}")
+        draft.course.epochs = names.epochs_default
     _length(draft, draft.course, names)
     _size(draft, draft.course, names.batch, packed)
     rates(draft, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ from tests.runs import finetune
 
 GOOD = "model_name_or_path: base\ndataset_name: train.jsonl\nuse_peft: true\ndtype: bfloat16\n"
 OUT = Path("recipe.yaml")
+BASES = {
+    "trl": {"model_name_or_path": "base", "dataset_name": "train.jsonl", "use_peft": True},
+    "axolotl": {
+        "base_model": "base", "adapter": "lora", "lora_r": 8, "lora_alpha": 8, "lora_target_linear": True,
+        "learning_rate": 1e-4, "datasets": [{"path": "train.jsonl", "type": "chat_template"}],
+    },
+    "llamafactory": {"model_name_or_path": "base", "dataset": "shop", "dataset_dir": "."},
+    "swift": {"model": "base", "dataset": "train.jsonl"},
+    "qwen": {"model_name_or_path": "base", "use_lora": True, "data_path": "train.jsonl"},
+}  # fmt: skip
+"""The least that each trainer's settings must hold."""
 
 
 def refused(text: str | bytes, name: str = "c.yaml", *arguments: str) -> str:
@@ -27,7 +39,7 @@ def refused(text: str | bytes, name: str = "c.yaml", *arguments: str) -> str:
     return said.err
 
 
-@pytest.mark.parametrize("name", ["axolotl.yaml", "trl.yaml", "swift.sh", "qwen.sh"])
+@pytest.mark.parametrize("name", ["axolotl.yaml", "llamafactory.yaml", "trl.yaml", "swift.sh", "qwen.sh"])
 def test_every_key_is_accounted_for(place: Path, name: str) -> None:
     """Written keys = taken + lost + said to differ; nothing is passed over."""
     made = importers.read(Path(name), None, None, adopt.Place(columns=adopt._columns, reach=adopt._reach))
@@ -37,7 +49,7 @@ def test_every_key_is_accounted_for(place: Path, name: str) -> None:
     assert silent <= {
         "adapter", "load_in_4bit", "use_peft", "dtype", "val_set_size", "evals_per_epoch", "saves_per_epoch", "bf16",
         "eval_strategy", "evaluation_strategy", "eval_steps", "save_steps", "save_strategy", "warmup_ratio",
-        "split_dataset_ratio", "use_lora",
+        "split_dataset_ratio", "use_lora", "stage", "finetuning_type", "val_size",
     }  # fmt: skip
 
 
@@ -111,6 +123,10 @@ def test_json_that_is_no_settings(place: Path, text: str, what: str) -> None:
         ("learning_rate: [1]", "learning_rate: must be a number"),
         ("learning_rate: .nan", "not a finite number"),
         ("learning_rate: 1e400", "not a finite number"),
+        ("learning_rate: 1e30", "learning_rate: must be a number; found 1e+30"),
+        ("num_train_epochs: 0", "num_train_epochs: must be above 0"),
+        ("gradient_accumulation_steps: 1e300", "gradient_accumulation_steps: must be a number"),
+        ("dataset_config: x\ndataset_name: ''", "dataset_name (here data.sources[0].path): the path is empty"),
         ("seed: -1", "seed: must be a whole number, at least 0"),
         ("max_length: 1e12", "max_length (here train.max_length)"),
         (
@@ -125,7 +141,9 @@ def test_json_that_is_no_settings(place: Path, text: str, what: str) -> None:
     ],
 )
 def test_values_that_no_recipe_has(place: Path, line: str, what: str) -> None:
-    assert what in refused(f"{GOOD}{line}\n", "c.yaml", "--from", "trl")
+    written = [one.partition(":")[0] for one in line.splitlines()]
+    kept = "".join(one for one in GOOD.splitlines(keepends=True) if one.partition(":")[0] not in written)
+    assert what in refused(f"{kept}{line}\n", "c.yaml", "--from", "trl")
 
 
 def test_several_faults_are_told_at_once(place: Path) -> None:
@@ -194,3 +212,28 @@ def test_files_are_found_from_the_settings_folder(place: Path, monkeypatch: pyte
 )  # fmt: skip
 def test_reasons(key: str, word: str) -> None:
     assert word in reason(key)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_settings_are_refused_or_load(place: Path, seed: int) -> None:
+    """Whatever stands behind the keys that an importer reads: a recipe that loads, or a coded refusal and no file."""
+    odd = [
+        None, True, False, 0, -1, 3, 0.5, 1e308, "", "x", "1e-4", "a,b", "epoch", "steps", "nan", [], [1], ["a", None],
+        [[1]], {}, {"a": 1}, [{"path": 3}], [{"path": "train.jsonl", "type": 3, "data_files": "x"}], "\n# a", 10**30,
+    ]  # fmt: skip
+    rng, loaded = random.Random(seed), 0
+    for trainer, base in BASES.items():
+        Path("c.json").write_text(json.dumps(base))
+        made = importers.read(Path("c.json"), trainer, None, adopt.Place(columns=adopt._columns, reach=adopt._reach))
+        for _ in range(12):
+            changed = {rng.choice(sorted(made.settings.used)): rng.choice(odd) for _ in range(rng.randint(1, 2))}
+            Path("c.json").write_text(json.dumps(base | changed))
+            said = finetune("import", "c.json", "--from", trainer, "--quiet", "--json")
+            assert said.code in (0, 2), (changed, said.err)
+            assert OUT.exists() == (said.code == 0), changed
+            if OUT.exists():
+                loaded += 1
+                if not json.loads(said.out)["missing"]:
+                    recipe.load(OUT)
+                OUT.unlink()
+    assert loaded > 5

@@ -35,10 +35,10 @@ _REASONS = (
      "it says how numbers are computed, not which: `finetune plan` chooses that and prints it"),
     (r"cache|overwrite|prepared_path|tokenized_path|^do_|save_only|safetensors|remove_unused|add_version|strict",
      "housekeeping of that program"),
+    (r"early_stop|load_best", "it needs held-out rows and evaluations on the way: evaluate.every"),
     (r"predict|generat|eval_batch|device_eval|eval_table|eval_max|beams|temperature|top_|metric|eval_",
      "held-out rows are judged as `evaluate:` says, base against adapter"),
     (r"resume", "the same command goes on where a run was interrupted"),
-    (r"early_stop|load_best", "a run takes all its steps; --until pauses one, checkpoints stay"),
 )  # fmt: skip
 
 

@@ -6,12 +6,8 @@ own file says what was otherwise.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from finetune.foreign import Course, Draft, short
 
@@ -20,8 +16,8 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "paged_adamw", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
-_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-_MOST = 1_000_000
+STOPS = ("early_stopping_patience", "early_stopping_steps", "early_stop_interval")
+"""What axolotl, LLaMA-Factory and ms-swift call the evaluations without improvement after which a run ends."""
 TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow")
 _RATE = "the recipe's optimizers have betas 0.9 and 0.999 and eps 1e-8"
 
@@ -127,45 +123,6 @@ def rates(draft: Draft, names: Names) -> None:
             draft.lost(key, f"it was {value:g}{source}; {_RATE}")
 
 
-def scheduler(draft: Draft, usual: Mapping[str, str] | None = None) -> None:
-    """A scheduler of the DeepSpeed file is the one that runs; ``usual``: that of known files which are not here."""
-    settings = draft.settings
-    name = settings.raw("deepspeed")
-    if not name:
-        return
-    draft.lost("deepspeed", "a run is trained on one device; with all devices' rows in one step the update is the same")
-    kind, file = _deepspeed(draft, name, usual or {})
-    asked, ours = draft.lines["train.schedule"][0], _SCHEDULERS.get(kind, "")
-    if ours and ours != asked:
-        draft.put("train.schedule", ours, "deepspeed", value=kind, note="the DeepSpeed file's scheduler runs")
-        rise = " (which rises with the logarithm of the step)" if kind.startswith("Warmup") else ""
-        draft.differs("lr_scheduler_type", f"{asked} was asked for and ignored: the scheduler of {short(file)}, "
-                                           f"{kind}, runs "
-                      f"in its place, so the rate was {ours} after the warm-up{rise}; for what was asked, write "
-                      f"schedule: {asked}")  # fmt: skip
-    elif kind and not ours:
-        draft.lost(
-            "deepspeed", f"its scheduler {short(kind)} runs in place of lr_scheduler_type; a recipe has none like it"
-        )
-
-
-def _deepspeed(draft: Draft, name: Any, usual: Mapping[str, str]) -> tuple[str, str]:
-    """The kind of scheduler that a DeepSpeed file, or section, has, and the file's name."""
-    found = name if isinstance(name, dict) else {}
-    path = Path("deepspeed") if isinstance(name, dict) else Path(draft.settings.find(str(name)))
-    if path.suffix == ".json" and path.is_file() and path.stat().st_size <= _MOST:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            draft.settings.fault("deepspeed", f"{short(name)} is not valid JSON", "mend it")
-    elif path.name in usual:
-        return usual[path.name], path.name
-    elif path.suffix == ".json":
-        draft.differs("deepspeed", f"{short(name)} is not here: a scheduler in it runs in place of lr_scheduler_type")
-    section = found.get("scheduler") if isinstance(found, dict) else None
-    return (str(section.get("type", "")) if isinstance(section, dict) else ""), path.name
-
-
 def warmup(draft: Draft, made: Course, *, ratio: bool) -> None:
     """``warmup_steps`` is a share of the steps where it is below 1; the old ``warmup_ratio`` counts where it exists."""
     settings = draft.settings
@@ -240,10 +197,28 @@ def settle(draft: Draft, rows: int | None) -> None:
     _settle_every(draft, made.save_keys, "train.save_every", made.save, total, each)
     if {"data.eval_path", "data.eval_fraction"} & set(draft.lines):
         _settle_every(draft, made.evaluate_keys, "evaluate.every", made.evaluate, total, each)
+    _best(draft)
     joined = None if kept is None else math.ceil(kept * made.epochs / made.per_step)
     if made.steps is None and total is not None and joined != total:
         draft.differs("epochs", f"each pass ended with a short step there: {total:,} steps; here steps go on over the "
                       f"border of a pass: {joined:,}")  # fmt: skip
+
+
+def _best(draft: Draft) -> None:
+    """The best evaluated step, and an end where nothing gets better: both need evaluations on the way."""
+    settings = draft.settings
+    unknown = {remark.key for remark in draft.remarks if remark.kind == "differs"}
+    if not draft.lines.get("evaluate.every", (0, ""))[0]:
+        return  # that they are lost was said with the other keys
+    wanted = settings.truth("load_best_model_at_end", default=False)
+    for key, ours in (("load_best_model_at_end", "keep"), *((stop, "early_stopping_patience") for stop in STOPS)):
+        if settings.has(key) and key not in unknown and (wanted or ours != "keep"):
+            draft.remarks = [remark for remark in draft.remarks if remark.key != key]
+            draft.put(f"evaluate.{ours}", "best" if ours == "keep" else settings.count(key, 1), key)
+    metric = settings.text("metric_for_best_model", "loss")
+    if wanted and metric not in ("loss", "eval_loss"):
+        draft.remarks = [remark for remark in draft.remarks if remark.key != "metric_for_best_model"]
+        draft.lost("metric_for_best_model", f"{short(metric)} decided which is best there; here the loss does")
 
 
 def _hold_out(draft: Draft, made: Course, rows: int | None) -> int | None:

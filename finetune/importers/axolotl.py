@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from finetune import importers
+from finetune.dsfile import scheduler
 from finetune.foreign import Course, Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
-from finetune.hftrainer import TRACKERS, Names, course, scheduler
+from finetune.hftrainer import TRACKERS, Names, course
 
 SIGNS = frozenset({
     "base_model", "micro_batch_size", "sequence_len", "datasets", "adapter", "num_epochs", "val_set_size",

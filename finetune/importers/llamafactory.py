@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune import importers
+from finetune.dsfile import scheduler
 from finetune.errors import RecipeError
 from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
-from finetune.hftrainer import Names, course, scheduler
+from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
     "stage", "finetuning_type", "template", "dataset_dir", "cutoff_len", "lora_rank", "lora_target",

@@ -2,17 +2,17 @@
 
 Facts of QwenLM/Qwen, commit 00dceeb of `finetune.py` and af22d5e of `finetune/ds_config_zero2.json` (with
 transformers before 4.46, whose Trainer drops a pass's last incomplete step and averages micro-batches): what is in
-the loss, that rows are cut on the right, which modules are trained whole, what Q-LoRA quantises; and transformers'
-DeepSpeed integration: a scheduler in the DeepSpeed file replaces ``lr_scheduler_type``; DeepSpeed's
-`runtime/lr_schedules.py`: WarmupLR rises with the logarithm of the step and stays.
+the loss, that rows are cut on the right, which modules are trained whole, what Q-LoRA quantises.
+`dsfile.py` has those of its DeepSpeed file.
 """
 
 from __future__ import annotations
 
 from finetune import importers
+from finetune.dsfile import scheduler
 from finetune.foreign import Draft, Settings
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
-from finetune.hftrainer import Names, course, scheduler
+from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
     "q_lora", "use_lora", "data_path", "model_max_length", "lazy_preprocess", "lora_weight_path",

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 from finetune import importers
+from finetune.dsfile import scheduler
 from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
-from finetune.hftrainer import Names, course, scheduler
+from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
     "model", "dataset", "val_dataset", "split_dataset_ratio", "tuner_type", "train_type", "sft_type", "lora_rank",

@@ -8,9 +8,10 @@ are read, that unknown ones are dropped), `trainer/sft_config.py` and `model_con
 from __future__ import annotations
 
 from finetune import importers
+from finetune.dsfile import scheduler
 from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, shape, targets, train_rows, whole
-from finetune.hftrainer import Names, course, scheduler
+from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "use_peft", "load_in_4bit",

@@ -162,3 +162,15 @@ def test_what_it_has_no_default_for_must_be_there(place: Path, line: str) -> Non
     said = finetune("import", "c.yaml")
     assert said.code == 2
     assert line.split(":")[0] in said.err
+
+
+def test_the_best_step_and_an_early_end(place: Path) -> None:
+    text = "num_epochs: 2\nval_set_size: 5\neval_steps: 2\nsave_steps: 4\n"
+    found = bare(f"{text}load_best_model_at_end: true\nearly_stopping_patience: 3\nmetric_for_best_model: eval_f1\n")
+    assert (found.values["evaluate.keep"], found.values["evaluate.early_stopping_patience"]) == ("best", 3)
+    assert "eval_f1" in found.about("metric_for_best_model", "lost")
+    plan()
+    Path("recipe.yaml").unlink()
+    without = Imported("c.yaml") if Path("c.yaml").write_text(BARE + "load_best_model_at_end: true\n") else None
+    assert without is not None
+    assert "evaluate.every" in without.about("load_best_model_at_end", "lost")

@@ -112,7 +112,7 @@ app.add_typer(datacli.app, name="data")
 
 app.command(name="eval")(judgecli.eval_)
 for _verb in (*startcli.VERBS, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS, judgecli.predict):
-    app.command()(_verb)
+    app.command(name=_verb.__name__.rstrip("_"))(_verb)
 
 
 @app.command()

@@ -18,7 +18,8 @@ ENTRANCE = [
     "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
-    "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "draft", "proposal", "survey",
+    "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "adopt", "draft", "proposal",
+    "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
     "comparepage", "compare", "runtable", "runview", "together", "train", "probe", "fallback", "best", "run",
@@ -30,8 +31,9 @@ ROAD = [
     "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
     "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
-CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
+CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
+    "hftrainer", "dsfile", "foreignparts", "foreign", "shellscript",
     "plot", "webpage", "gguf_file", "answer_schema", "pattern", "endings", "llamacpp", "llamaruntime", "interrupts",
     "unfinished", "ended",
     "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",
@@ -84,7 +86,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_choices_know_no_step_and_no_other_kind_of_choice() -> None:
-    allowed = {"objectives": {"kernels"}, "evals": {"objectives"}, "recipe": {"known_models"}}
+    allowed = {"objectives": {"kernels"}, "evals": {"objectives"}, "recipe": {"known_models"}, "importers": {"recipe"}}
     for path in FILES:
         if room(path) in CHOICES:
             strangers = rooms_used(path) - set(GROUND) - allowed.get(room(path), set())

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import base, finished, gather, hardware, loading, manifest, model
+from finetune import bare, finished, gather
 from finetune.conversation import Conversation, strings
-from finetune.errors import DataError, ModelError
+from finetune.errors import DataError
 from finetune.model import Policy
 from finetune.rowcheck import LONE_SURROGATE
 from finetune.sampling import GREEDY, Sampling
-from finetune.terminal import ByteBar, Terminal
+from finetune.terminal import Terminal
 
 _UNFINISHED = "\ufffd"
 """What a text ends with while a character still lacks some of its bytes."""
@@ -180,12 +180,8 @@ def load(folder: Path, terminal: Terminal) -> Speaker:
 
     Special tokens that somebody writes in a message are text there, and never open a turn of another role.
     """
-    if (folder / "config.json").is_file():
-        _refuse_damaged(folder)
-        found, machine = base.inspect(folder), hardware.detect()
-        compute = "bf16" if machine.bf16 else "fp32"
-        form = loading.BaseForm(weights=compute, double=False, compute=compute, device=machine.device)
-        speaker = Speaker(model.load_base(found, form, ByteBar(terminal, "loading the model").at), _name(folder))
+    if (place := bare.find(folder)) is not None:
+        speaker = Speaker(bare.inspect(place).load(terminal), _name(folder))
     else:
         prepared, files = finished.open_run(folder, terminal)
         policy = finished.live(prepared, files, terminal)[1]
@@ -199,10 +195,3 @@ def load(folder: Path, terminal: Terminal) -> Speaker:
 
 def _name(folder: Path) -> str:
     return folder.resolve().name
-
-
-def _refuse_damaged(folder: Path) -> None:
-    """A merged folder that says what belongs in it must hold just that."""
-    faults = manifest.faults(folder) if (folder / manifest.NAME).is_file() else []
-    if faults:
-        raise ModelError(faults[0], str(folder), "merge again")

@@ -64,6 +64,14 @@ class Paired:
         return asdict(self) | {"answer": self.answer}
 
 
+def wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
+    """The score interval of a share of rows (Wilson 1927): sound at 0 and 1, where the normal one is not."""
+    share = right / rows
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def paired(gains: Sequence[float], weights: Sequence[float], level: float = 0.95) -> Paired:
     """Compare two systems on the rows that both were judged on.
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from finetune import optimizer
+from finetune import evals, optimizer
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.hardware import CONTEXT, Hardware
 from finetune.kernels.causal_attention import ROWS
@@ -218,7 +218,7 @@ class Need:
 def _generation_bytes(need: Need) -> int:
     """Bytes while answers are generated: the cache, and on a CPU the 4-bit linears, dequantised once and kept."""
     recipe, shape, load, width = need.recipe, need.shape, need.load, BYTES[need.compute]
-    if "exact_match" not in recipe.evaluate.metrics or (load and not load.generated_rows):
+    if not set(recipe.evaluate.metrics) & set(evals.ANSWERED) or (load and not load.generated_rows):
         return 0
     packed = recipe.quantize.weights in ("nf4", "fp4")
     dense = width * shape.linear_parameters() if need.hardware.device == "cpu" and packed else 0

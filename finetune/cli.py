@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune import __version__, datacli, hardware, runcli, shipcli, startcli, talkcli, traincli
+from finetune import __version__, datacli, hardware, judgecli, runcli, shipcli, startcli, talkcli, traincli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
 from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
 from finetune.terminal import Terminal, clean
@@ -87,18 +87,9 @@ def plan(
 app.add_typer(datacli.app, name="data")
 
 
-@app.command(name="eval")
-def eval_(run: RunPath, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Judge a finished run: its base and its adapter on the held-out rows."""
-    from finetune import pipeline
-
-    found = pipeline.evaluate_run(run, terminal(quiet=quiet, as_json=as_json))
-    if as_json:
-        print_json({"run": str(run), "scores": found})
-
-
-for _verb in (*startcli.VERBS, traincli.train, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS):
-    app.command()(_verb)
+app.command(name="eval")(judgecli.eval_)
+for _verb in (*startcli.VERBS, traincli.train, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS, judgecli.predict):
+    app.command(name=_verb.__name__.rstrip("_"))(_verb)
 
 
 @app.command()

@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import bootstrap, evals, runview
+from finetune import bootstrap, evals, runview, scores
 from finetune.errors import EnvironmentFault
 from finetune.runview import Judgement, View
 from finetune.terminal import clean
 
-NAMES = {"exact_match": "exact match", "loss": "loss"}
 _NOT_THE_RUN = {"output", "tracker"}
 """Keys that no number hangs on."""
 _WIDEST = 40
@@ -85,9 +84,13 @@ def told(view: View) -> dict[str, Any]:
 
 def _scores(judged: Judgement) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if judged.number("exact_match") is not None:
-        wilson = judged.scores.get("confidence_interval")
-        found["exact_match"] = {"value": judged.number("exact_match"), "interval": _pair(wilson)}
+    for metric in evals.ROWWISE:
+        if judged.number(metric) is not None:
+            span = scores.interval(judged.scores, metric)
+            if span is None and judged.verdicts.get(metric):
+                values = list(judged.verdicts[metric].values())
+                span = bootstrap.interval(values, [1.0] * len(values))
+            found[metric] = {"value": judged.number(metric), "interval": list(span) if span else None}
     if judged.number("loss") is not None:
         interval = None
         if judged.losses:
@@ -95,11 +98,6 @@ def _scores(judged: Judgement) -> dict[str, Any]:
             interval = list(bootstrap.interval(totals, weights))
         found["loss"] = {"value": judged.number("loss"), "interval": interval}
     return found
-
-
-def _pair(value: Any) -> list[float] | None:
-    good = isinstance(value, list) and len(value) == 2 and all(isinstance(one, int | float) for one in value)
-    return list(map(float, value)) if good else None
 
 
 def _differences(runs: Mapping[str, Mapping[str, Any]], but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
@@ -126,6 +124,9 @@ def _answers(first: View, other: View, level: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "exact_match" in {*one.scores, *two.scores}:
         found["exact_match"] = _paired("exact_match", one.right, two.right, level)
+    for metric in evals.ROWWISE[1:]:
+        if metric in {*one.scores, *two.scores}:
+            found[metric] = _paired(metric, one.verdicts.get(metric, {}), two.verdicts.get(metric, {}), level)
     if "loss" in {*one.scores, *two.scores}:
         found["loss"] = _paired("loss", one.losses, two.losses, level)
     return {"refused": None if found else "neither has scores", "judged": [one.name, two.name], "measures": found}
@@ -165,7 +166,7 @@ def sentences(answer: Mapping[str, Any]) -> list[str]:
 
 
 def _sentence(measure: str, found: Mapping[str, Any]) -> str:
-    what = NAMES[measure]
+    what = scores.label(measure)
     if found["answer"] == "refused":
         return f"{what}: cannot be compared: {found['reason']}"
     left = found["only_first"] + found["only_second"]
@@ -200,14 +201,16 @@ def cautions(found: Mapping[str, Any]) -> list[str]:
 
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """How each run went, a heading first."""
-    rows = [["run", "state", "training loss", "lowest", "judged", "held-out loss", "exact match"]]
+    found_metrics = scores.metrics({str(at): run["judged"] for at, run in enumerate(found["runs"])}) or ["exact_match"]
+    heads = [scores.label(metric) for metric in found_metrics]
+    rows = [["run", "state", "training loss", "lowest", "judged", "held-out loss", *heads]]
     for run in found["runs"]:
         judged, training = run["judged"] or {}, run["training_loss"]
         lowest = training["lowest"]
         rows.append([
             run["name"], run["state"], _number(training["last_tenth"]),
             f"{lowest['loss']:.4f} at {lowest['step']}" if lowest else "-", judged.get("name", "not yet"),
-            _with_interval(judged.get("loss")), _with_interval(judged.get("exact_match")),
+            _with_interval(judged.get("loss")), *(_with_interval(judged.get(metric)) for metric in found_metrics),
         ])  # fmt: skip
     return rows
 

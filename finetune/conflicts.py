@@ -42,7 +42,7 @@ OLD_GLIBC = (2, 38)
 EXTRAS = {
     "data": "near copies, wrongly decoded text and languages in `finetune data check`",
     "pii": "phone and identity numbers in `finetune data check --personal`",
-    "eval": "nothing yet: no verb uses it",
+    "eval": "`finetune eval --tasks`: tasks of lm-evaluation-harness",
     "gguf": "`finetune export --to gguf`",
     "llamacpp": "quantised GGUF files, and running them in `finetune prove`",
     "sign": "`finetune release --sign` and `finetune verify --key`",

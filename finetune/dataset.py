@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from finetune import datafolder, formats, hubdata, records, rowcheck
 from finetune.conversation import Conversation, RowFault, shown
@@ -42,20 +43,26 @@ class Question:
     """A held-out row as it is asked: the prompt's ids, and the answer that is right.
 
     ``content``: a digest of what the row says. Where it is equal two runs were asked the same, of whatever tokenizer.
+    ``asked``: role and content of the turns before the answer. ``options``: answers to choose from, each as a sample
+    whose answer alone is supervised; ``right`` is the place of the right one among them.
     """
 
     prompt: tuple[int, ...]
     answer: str
     where: str
     content: str = ""
+    asked: tuple[tuple[str, str], ...] = ()
+    options: tuple[Example, ...] = ()
+    right: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a source: its conversation and its place."""
+    """One row of a source: its conversation and its place; ``kept``: what one more of its columns holds."""
 
     conversation: Conversation
     where: str
+    kept: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +123,14 @@ class Source:
 class Read:
     """One row as it was read: its number from 1, its place, and its conversation or what is wrong with it.
 
-    ``done``: the share of the source that was read, 0 where that is not known.
+    ``done``: the share of the source that was read, 0 where that is not known. ``columns``: all that the row holds.
     """
 
     number: int
     where: str
     found: Conversation | RowFault
     done: float
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Reader:
@@ -144,7 +152,8 @@ class Reader:
                 found = self.conversation(record)
             except RowFault as fault:
                 found = fault
-            yield Read(number=record.number, where=where, found=found, done=record.done)
+            columns = record.value or {}
+            yield Read(number=record.number, where=where, found=found, done=record.done, columns=columns)
 
     def renamed(self, row: dict[str, object]) -> dict[str, object]:
         """The row with its columns called as the format calls them."""
@@ -174,8 +183,8 @@ class Reader:
         return read
 
 
-def read_rows(reader: Reader, wanted: Iterable[int] | None = None) -> list[Row]:
-    """A source's rows in memory, those of the ``wanted`` numbers or all.
+def read_rows(reader: Reader, wanted: Iterable[int] | None = None, keep: str | None = None) -> list[Row]:
+    """A source's rows in memory, those of the ``wanted`` numbers or all; with what their column ``keep`` holds.
 
     Raises:
         DataError: every row that cannot be used, by its place.
@@ -187,7 +196,8 @@ def read_rows(reader: Reader, wanted: Iterable[int] | None = None) -> list[Row]:
         if isinstance(read.found, RowFault):
             faults.add(read.where, read.found)
         elif numbers is None or read.number in numbers:
-            rows.append(Row(conversation=read.found, where=read.where))
+            kept = read.columns.get(keep) if keep is not None else None
+            rows.append(Row(conversation=read.found, where=read.where, kept=kept))
         faults.rows += 1
     faults.raise_if_any()
     return rows

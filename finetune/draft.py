@@ -69,7 +69,7 @@ def write(
         except EnvironmentFault as error:
             refused = error
             continue
-        _place(out, recipe)
+        place(out, recipe)
         return plan
     assert refused is not None
     raise refused
@@ -92,7 +92,7 @@ def _planned(recipe: str, out: Path, card: float | None, progress: dataset.Progr
             ) from None
 
 
-def _place(out: Path, recipe: str) -> None:
+def place(out: Path, recipe: str) -> None:
     """The whole file under its name, or nothing; a file that came there meanwhile stays as it is."""
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     write_synced(temporary, recipe.encode())

@@ -1,12 +1,14 @@
-"""Run the chosen evaluations on held-out rows and return numbers (and the answers behind them)."""
+"""Run the chosen evaluations on held-out rows and return numbers (and the answers and verdicts behind them)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.evals import exact_match, loss
+from finetune import evals, generation
+from finetune.evals import loss, multiple_choice
 
 if TYPE_CHECKING:
     from finetune.dataset import Example, Question
@@ -15,10 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The rows that judge a run: as samples (for the loss) and, where answers are asked for, as questions."""
+    """The rows that judge a run: as samples (for the loss) and, where answers are judged, as questions.
+
+    ``roles``: of each sample the roles of its supervised tokens, where they may be several.
+    """
 
     examples: tuple[Example, ...]
     questions: tuple[Question, ...]
+    roles: tuple[tuple[str, ...], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -28,21 +34,24 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """Which evaluations, and within which bounds."""
+    """Which evaluations, and within which bounds. ``asked``: what some of them need, by their names."""
 
     metrics: Sequence[str]
     max_new_tokens: int
     batch_rows: int
     micro_batch_tokens: int
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Numbers by name; behind them each question's answer, and each sample's summed loss, where they were asked for."""
+    """Numbers by name; behind them each question's answer, each sample's summed loss, and by metric each question's
+    verdict, where they were asked for."""
 
     scores: dict[str, Any]
     answers: list[str]
     losses: list[float] = field(default_factory=list)
+    verdicts: dict[str, list[float]] = field(default_factory=dict)
 
 
 def judge(
@@ -50,18 +59,27 @@ def judge(
 ) -> Judged:
     """Evaluate the policy, or with ``adapter=False`` its bare base. ``progress`` gets (what, done, of)."""
     scores: dict[str, Any] = {"rows": held_out.rows}
-    answers: list[str] = []
-    losses: list[float] = []
+    given: list[str] = []
+    losses: list[list[float]] = []
+    verdicts: dict[str, list[float]] = {}
+    questions = held_out.questions
     with policy.evaluating(adapter=adapter):
         if "loss" in how.metrics:
             tick = _counter("loss", len(held_out.examples), progress)
-            losses = loss.losses(policy, held_out.examples, how.micro_batch_tokens, tick)
-            scores |= loss.score(held_out.examples, losses)
-        if "exact_match" in how.metrics:
-            tick = _counter("answers", len(held_out.questions), progress)
-            answers = exact_match.answers(policy, held_out.questions, how.max_new_tokens, how.batch_rows, tick)
-            scores |= exact_match.score(held_out.questions, answers)
-    return Judged(scores=scores, answers=answers, losses=losses)
+            losses = loss.by_token(policy, held_out.examples, how.micro_batch_tokens, tick)
+            scores |= loss.score(held_out.examples, losses, held_out.roles)
+        if "multiple_choice" in how.metrics:
+            tick = _counter("options", sum(len(question.options) for question in questions), progress)
+            verdicts["multiple_choice"], found = multiple_choice.judge(policy, questions, how.micro_batch_tokens, tick)
+            scores |= found
+        if asked := [metric for metric in how.metrics if metric in evals.ANSWERED]:
+            tick = _counter("answers", len(questions), progress)
+            given = generation.greedy(policy, questions, how.max_new_tokens, how.batch_rows, tick)
+    for metric in asked:
+        rows, found = evals.get(metric).judge(questions, given, how.asked.get(metric))
+        scores |= found
+        verdicts |= {metric: rows} if rows else {}
+    return Judged(scores=scores, answers=given, losses=[math.fsum(one) for one in losses], verdicts=verdicts)
 
 
 def _counter(what: str, of: int, progress: Callable[[str, int, int], None]) -> Callable[[int], None]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import dataset, hubdata, manifest, store, window
+from finetune import dataset, heldout, hubdata, manifest, store, window
 from finetune.dataset import Reader, Row, Source
 from finetune.errors import DataError, Fault
 from finetune.evaluate import HeldOut
@@ -82,17 +83,8 @@ def gather(recipe: Recipe, renderer: Renderer, progress: dataset.Progress = data
     numbers = [held_numbers(recipe, stored) for stored in stores]
     rows = _held_rows(recipe, renderer, stores, numbers)
     judged = window.fit(rows, fitting)
-    exact = "exact_match" in recipe.evaluate.metrics
-    held_out = (
-        HeldOut(
-            examples=judged.examples,
-            questions=tuple(
-                replace(renderer.question(row), content=dataset.content(row.conversation)) for row in judged.rows
-            ) if exact else (),
-        )
-        if rows
-        else None
-    )  # fmt: skip
+    wanted = recipe.evaluate
+    held_out = heldout.make(judged, renderer, wanted.metrics, wanted.asked()) if rows else None
     samples = Samples([(stored, _kept(stored, held)) for stored, held in zip(stores, numbers, strict=True)])
     named = [one for stored in stores for one in stored.named()]
     notes = [
@@ -114,11 +106,12 @@ def held_numbers(recipe: Recipe, stored: Stored) -> set[int]:
 
 def _held_rows(recipe: Recipe, renderer: Renderer, stores: Sequence[Stored], numbers: Sequence[set[int]]) -> list[Row]:
     """The held-out rows, of several sources in turn, at most ``evaluate.rows`` of them."""
-    judging = judging_source(recipe)
+    judging, options = judging_source(recipe), recipe.evaluate.multiple_choice
+    keep = options if isinstance(options, str) else None
     if judging is not None:
-        return dataset.read_rows(reader(recipe, judging, renderer))[: recipe.evaluate.rows]
+        return dataset.read_rows(reader(recipe, judging, renderer), keep=keep)[: recipe.evaluate.rows]
     found = [
-        dataset.read_rows(reader(recipe, stored.source, renderer), wanted) if wanted else []
+        dataset.read_rows(reader(recipe, stored.source, renderer), wanted, keep) if wanted else []
         for stored, wanted in zip(stores, numbers, strict=True)
     ]
     most = max(map(len, found), default=0)
@@ -177,6 +170,8 @@ def digests(recipe: Recipe) -> dict[str, str]:
         if source.on_hub:
             found[source.path] = str(source.revision)
         found |= {str(file): manifest.digest(file) for file in source.files()}
+    if recipe.evaluate.json_schema is not None:
+        found[recipe.evaluate.json_schema] = manifest.digest(Path(recipe.evaluate.json_schema))
     return found
 
 

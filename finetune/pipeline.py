@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune import prepare, scores, source
 from finetune.dataset import Reader, Source
-from finetune.errors import EnvironmentFault, RecipeError
+from finetune.errors import RecipeError
 from finetune.grid import Combination
 from finetune.jobplace import Place
 from finetune.joint_plan import JointPlan
@@ -20,8 +20,8 @@ from finetune.launch import Order
 from finetune.plan import Plan
 from finetune.prepare import Prepared
 from finetune.report import say_plan
-from finetune.runfolder import RunFolder, write_json, write_page
-from finetune.terminal import Progress, Terminal, reading
+from finetune.runfolder import RunFolder, write_page
+from finetune.terminal import Terminal, reading
 from finetune.timelimit import TimeLimit
 
 _SHOWN_ROWS = 8
@@ -198,26 +198,18 @@ def data_show(
     return [one.to_dict() for one in shown]
 
 
-def evaluate_run(folder: Path, terminal: Terminal) -> dict[str, Any]:
-    """Judge a finished run's adapter and its base on the run's held-out rows, fresh."""
-    from finetune import evaluate, finished
+def evaluate(folder: Path, terminal: Terminal, **asked: Any) -> dict[str, Any]:
+    """Judge a finished run's base, adapter and merge, or a bare model; ``asked`` as of ``judgement.Asked``."""
+    from finetune import judgement
 
-    prepared, files = finished.open_run(folder, terminal)
-    if prepared.held_out is None:
-        raise EnvironmentFault("this run has no held-out rows", str(folder), "set data.eval_path or data.eval_fraction")
-    this, policy = finished.live(prepared, files, terminal)
-    found: dict[str, Any] = {}
-    for name, adapter in (("base", False), ("adapter", True)):
-        bars: dict[str, Progress] = {}
+    return judgement.judge(folder, judgement.Asked(**asked), terminal)
 
-        def show(what: str, done: int, of: int, name: str = name, bars: dict[str, Progress] = bars) -> None:
-            bars.setdefault(what, Progress(terminal, f"judging {name}: {what}"))(done, of)
 
-        found[name] = evaluate.judge(policy, prepared.held_out, this.how(), adapter=adapter, progress=show).scores
-    for line in scores.table(found):
-        terminal.say(line)
-    write_json(files.root / "evaluation.json", found)
-    return found
+def predict(model: Path, data: Path, out: Path, terminal: Terminal, **asked: Any) -> dict[str, Any]:
+    """Answer the rows of a file; ``asked`` as of ``predict.Asked``."""
+    from finetune import predict as predicting
+
+    return predicting.predict(model, data, out, predicting.Asked(**asked), terminal)
 
 
 def merge(folder: Path, out: Path, asked: Mapping[str, Any], terminal: Terminal, **bare: Any) -> dict[str, Any]:

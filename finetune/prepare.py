@@ -15,6 +15,7 @@ from finetune import (
     datacheck,
     dataset,
     devices,
+    evals,
     gather,
     hardware,
     joint_plan,
@@ -186,7 +187,7 @@ def _inspect(located: Located, folder: Path) -> Base:
 def _refuse_long_answers(located: Located, base: Base, held_out: HeldOut | None) -> None:
     """A generated answer must end within the positions that the model has."""
     wanted = located.recipe.evaluate
-    if held_out is None or "exact_match" not in wanted.metrics:
+    if held_out is None or not set(wanted.metrics) & set(evals.ANSWERED):
         return
     longest = max(len(question.prompt) for question in held_out.questions)
     if longest + wanted.max_new_tokens > base.shape.max_positions:
@@ -256,6 +257,12 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
     return located, _renderer(located, _inspect(located, found.folder))
 
 
+def _evaluated(held_out: HeldOut, metrics: Sequence[str]) -> int:
+    """Tokens that are read for the loss of the rows and of their options."""
+    samples = [*(held_out.examples if "loss" in metrics else ()), *(o for q in held_out.questions for o in q.options)]
+    return sum(len(example.ids) for example in samples)
+
+
 def _load(recipe: Recipe, gathered: Gathered, vocabulary: int) -> Load:
     held_out, samples = gathered.held_out, gathered.samples
     between = (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 0
@@ -265,8 +272,8 @@ def _load(recipe: Recipe, gathered: Gathered, vocabulary: int) -> Load:
         supervised=samples.supervised.tolist(),
         parts=samples.part_list(),
         evaluations=2 + between if held_out else 0,
-        evaluated_tokens=sum(len(example.ids) for example in held_out.examples) if held_out else 0,
-        generated_rows=len(prompts),
+        evaluated_tokens=_evaluated(held_out, recipe.evaluate.metrics) if held_out else 0,
+        generated_rows=len(prompts) if set(recipe.evaluate.metrics) & set(evals.ANSWERED) else 0,
         prompt_tokens=sum(prompts),
         longest_prompt=max(prompts, default=0),
         vocabulary=vocabulary,

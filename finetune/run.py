@@ -128,7 +128,7 @@ class Run:
         wanted = self.prepared.recipe.evaluate
         return evaluate.How(
             metrics=wanted.metrics, max_new_tokens=wanted.max_new_tokens, batch_rows=wanted.batch_rows,
-            micro_batch_tokens=self.identity.resolved["micro_batch_tokens"],
+            micro_batch_tokens=self.identity.resolved["micro_batch_tokens"], asked=wanted.asked(),
         )  # fmt: skip
 
     def judges_at(self, step: int, total: int) -> bool:

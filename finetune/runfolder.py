@@ -75,6 +75,10 @@ class RunFolder:
         return self.root / "losses.jsonl"
 
     @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -126,10 +130,9 @@ class RunFolder:
     def clear_leftovers(self) -> None:
         """Remove what a killed process left half-written. Only call while holding the lock."""
         for folder in (self.root, self.checkpoints):
-            if folder.is_dir():
-                for entry in folder.glob("*.tmp-*"):
-                    if _LEFTOVER.search(entry.name):
-                        remove(entry)
+            for entry in folder.glob("*.tmp-*") if folder.is_dir() else ():
+                if _LEFTOVER.search(entry.name):
+                    remove(entry)
 
 
 def clear_leftovers_of(path: Path, but: str = "") -> None:
@@ -244,8 +247,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_bytes(value))
 
 
-PAGE = "<!doctype html>"
-"""How a page of ours begins."""
+PAGE = "<!doctype html>"  # how a page of ours begins
 
 
 def write_page(path: Path, page: str) -> None:
@@ -273,9 +275,8 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded temporary folder; on leaving without an error it becomes ``path`` in one rename.
-
-    A folder that is already there is moved aside first and removed last.
+    """Fill the yielded temporary folder; on leaving without an error it becomes ``path`` in one rename. A folder that
+    is already there is moved aside first and removed last.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")

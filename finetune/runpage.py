@@ -15,6 +15,7 @@ _TIMES = 20
 """How often a report is written at most while a run is under way; its metrics are read whole each time."""
 _SECTIONS = (
     ("Result", runresult.result),
+    ("Evaluation", runresult.evaluation),
     ("Training", runsections.training),
     ("Answers, base and adapter", runresult.answers),
     ("Data", runsections.data),

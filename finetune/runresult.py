@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune import scores
 from finetune.plot import Bar, averaged, bars
 from finetune.runsections import ROWS, took
-from finetune.runstory import Story, listed, number, part
+from finetune.runstory import Story, number, part
 from finetune.terminal import clean, size
 from finetune.webpage import safe, table, words
 
@@ -47,24 +48,52 @@ def result(story: Story) -> str:
     judged = story.judged()
     if not judged:
         return ""
-    rows, drawn = [], []
+    drawn = []
     for name, values in judged[:ROWS]:
-        exact, loss = number(values.get("exact_match")), number(values.get("loss"))
-        interval = [number(one) for one in listed(values, "confidence_interval")]
-        span = (interval[0], interval[1]) if len(interval) == 2 and None not in interval else None
+        exact, span = number(values.get("exact_match")), scores.interval(values, "exact_match")
         if exact is not None:
             shown = {"label": clean(name, 16), "words": _percent(exact), "kind": "soft"}
-            drawn.append(Bar(value=exact, interval=span, **shown))  # type: ignore[arg-type]
-        rows.append([
-            words(name, 60), f"{exact:.3f}" if exact is not None else "–",
-            f"{span[0]:.3f} – {span[1]:.3f}" if span else "–", f"{loss:.4f}" if loss is not None else "–",
-            f"{number(values.get('rows')) or 0:,.0f}",
-        ])  # fmt: skip
-        for source, value in sorted(part(values, "loss_by_source").items())[:50]:
-            rows.append([f'<span class="quiet">{words(source, 80)}</span>', "", "", f"{number(value) or 0:.4f}", ""])
-    heads = ("judged", "exact match", "95 % interval", "loss", "rows")
+            drawn.append(Bar(value=exact, interval=span, **shown))
     picture = f"<figure>{bars('exact match', [*drawn[:1], *drawn[1:][-_DRAWN:]], 1.0)}</figure>" if drawn else ""
-    return f"{picture}{table(heads, rows, numbers=4)}"
+    return f"{picture}{_judgements(dict(judged[:ROWS]))}"
+
+
+def _judgements(judged: dict[str, dict[str, Any]]) -> str:
+    """Scores by the judgement's name, as a table."""
+    metrics = scores.metrics(judged) or ["exact_match"]
+    rows = []
+    for name, values in judged.items():
+        cells = []
+        for metric in metrics:
+            value, span = number(values.get(metric)), scores.interval(values, metric)
+            cells += [
+                f"{value:.3f}" if value is not None else "–",
+                f"{span[0]:.3f} – {span[1]:.3f}" if span and value is not None else "–",
+            ]
+        loss, count = number(values.get("loss")), number(values.get("rows")) or 0
+        rows.append([words(name, 60), *cells, f"{loss:.4f}" if loss is not None else "–", f"{count:,.0f}"])
+        for name_of, value in scores.parts(values)[:50]:
+            quiet = f'<span class="quiet">{words(name_of, 80)}</span>'
+            rows.append([quiet, *[""] * len(cells), f"{value:.4f}", ""])
+    heads = [head for metric in metrics for head in (scores.label(metric), "95 % interval")]
+    return table(("judged", *heads, "loss", "rows"), rows, numbers=len(heads) + 2)
+
+
+def evaluation(story: Story) -> str:
+    """What ``finetune eval`` measured last: base, adapter and merged model on the held-out rows and on tasks."""
+    judged = {str(name): one for name, one in part(story.evaluation, "scores").items() if isinstance(one, dict)}
+    tasks = part(story.evaluation, "tasks")
+    names = list(dict.fromkeys(name for one in tasks.values() if isinstance(one, dict) for name in one))[:ROWS]
+    rows = []
+    for task, by_name in [(task, one) for task, one in tasks.items() if isinstance(one, dict)][:ROWS]:
+        found = {name: part(by_name, name) for name in names}
+        for metric in dict.fromkeys(metric for one in found.values() for metric in one):
+            values = [number(found[name].get(metric)) for name in names]
+            shown = [f"{value:.4f}" if value is not None else "–" for value in values]
+            rows.append([words(task, 80), words(metric, 60), *shown])
+    heads = ("task", "metric", *(clean(name, 40) for name in names))
+    said = _judgements(dict(list(judged.items())[:ROWS])) if judged else ""
+    return said + (table(heads, rows, numbers=len(names)) if rows else "")
 
 
 def answers(story: Story) -> str:

@@ -34,6 +34,7 @@ class Story:
     scores: dict[str, dict[str, Any]]
     answers: list[dict[str, str]]
     data: dict[str, Any]
+    evaluation: dict[str, Any]
     end: dict[str, Any]
     checkpoint: int
     digests: dict[str, str]
@@ -112,8 +113,12 @@ def read(folder: RunFolder, root: str = "") -> Story:
         recipe=_bytes(folder.recipe).decode("utf-8", "replace"),
         curves=_curves(folder.metrics),
         scores={str(name): values for name, values in scores.read(folder).items() if isinstance(values, dict)},
-        answers=[{str(key): str(value) for key, value in line.items()} for line in lines(folder.samples)],
+        answers=[
+            {str(key): str(value) for key, value in line.items() if key != scores.VERDICTS}
+            for line in lines(folder.samples)
+        ],
         data=_object(folder.data),
+        evaluation=_object(folder.evaluation),
         end=ended.end(folder),
         checkpoint=_newest(folder.checkpoints),
         digests={str(name): str(value) for name, value in _part(_object(folder.adapter / "manifest.json"), "sha256")},

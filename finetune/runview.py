@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import ended, identity, runstory, scores
+from finetune import ended, evals, identity, runstory, scores
 from finetune.errors import EnvironmentFault
 from finetune.evals.exact_match import is_right
 from finetune.identity import Identity
@@ -26,13 +26,15 @@ _ABSURD = 1e100
 class Judgement:
     """One judgement. ``name``: after, or "step N" of a run that is under way.
 
-    ``right`` and ``losses`` (summed loss, weight) by the row's content and how often that came before.
+    ``right`` and ``losses`` (summed loss, weight) by the row's content and how often that came before; ``verdicts``
+    likewise, by metric.
     """
 
     name: str
     scores: dict[str, Any]
     right: dict[tuple[str, int], bool] = field(default_factory=dict)
     losses: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    verdicts: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
 
     def number(self, key: str) -> float | None:
         return _finite(self.scores.get(key))
@@ -121,14 +123,19 @@ def _newest(files: RunFolder, stored: dict[str, Any]) -> Judgement | None:
         return None
     right: dict[tuple[str, int], bool] = {}
     losses: dict[tuple[str, int], tuple[float, float]] = {}
+    verdicts: dict[str, dict[tuple[str, int], float]] = {}
     for key, row in _by_content(files.samples):
+        said = runstory.part(runstory.part(row, scores.VERDICTS), name)
+        for metric in evals.ROWWISE:
+            if (value := _finite(said.get(metric))) is not None:
+                verdicts.setdefault(metric, {})[key] = value
         if isinstance(row.get(name), str) and isinstance(row.get("expected"), str):
             right[key] = is_right(row["expected"], row[name])
     for key, row in _by_content(files.losses):
         loss, weight = _finite(row.get(name)), _finite(row.get("weight"))
         if loss is not None and weight is not None and weight > 0:
             losses[key] = loss, weight
-    return Judgement(name=name, scores=stored[name], right=right, losses=losses)
+    return Judgement(name=name, scores=stored[name], right=right, losses=losses, verdicts=verdicts)
 
 
 def _by_content(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:

@@ -5,16 +5,26 @@ answers and losses.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import evals
 from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
+from finetune.terminal import clean
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
     from finetune.evaluate import HeldOut, Judged
+
+
+_NAMED = 12
+"""Numbers that a command named, shown in a table."""
+VERDICTS = "verdicts"
+"""A row's key in samples.jsonl below which stands what each metric said of each judgement's answer."""
+PARTS = {"loss_by_source": "source", "loss_by_role": "role"}
+"""Scores that are themselves numbers by name, and what those names are."""
 
 
 def read(folder: RunFolder) -> dict[str, Any]:
@@ -25,9 +35,9 @@ def read(folder: RunFolder) -> dict[str, Any]:
 
 def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> dict[str, Any]:
     """Store one judgement; what is behind it first, so that scores never stand without that. Returns all scores."""
-    if judged.answers:
+    if judged.answers or judged.verdicts:
         asked = [{"row": one.where, "content": one.content, "expected": one.answer} for one in held_out.questions]
-        _beside(folder.samples, name, judged.answers, asked)
+        _beside(folder.samples, name, judged.answers, asked, judged.verdicts)
     if judged.losses:
         judged_on = [
             {"row": one.where, "content": content(one), "weight": sum(one.weights)} for one in held_out.examples
@@ -63,13 +73,19 @@ def drop(folder: RunFolder, *names: str) -> None:
         write_json(folder.scores, {key: value for key, value in found.items() if key not in names})
 
 
-def _beside(path: Path, name: str, values: Sequence[Any], rows: list[dict[str, Any]]) -> None:
-    """Each row's value under ``name``, beside what the file has of the same rows."""
+def _beside(
+    path: Path, name: str, values: Sequence[Any], rows: list[dict[str, Any]],
+    verdicts: Mapping[str, Sequence[float]] | None = None,
+) -> None:  # fmt: skip
+    """Each row's value under ``name``, beside what the file has of the same rows; and its verdicts by metric."""
     if path.is_file():
         stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rows = stored if [entry["row"] for entry in stored] == [entry["row"] for entry in rows] else rows
-    for entry, value in zip(rows, values, strict=True):
+    for entry, value in zip(rows, values, strict=True) if values else ():
         entry[name] = value
+    for metric, numbers in (verdicts or {}).items():
+        for entry, number in zip(rows, numbers, strict=True):
+            entry.setdefault(VERDICTS, {}).setdefault(name, {})[metric] = number
     write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows).encode())
 
 
@@ -78,8 +94,16 @@ def content(example: Example) -> str:
     return blake2b(json.dumps([example.ids, example.weights]).encode(), digest_size=16).hexdigest()
 
 
-def _by_source(values: dict[str, Any]) -> list[tuple[str, float]]:
-    return sorted(values.get("loss_by_source", {}).items())
+def parts(values: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The losses of sources and roles, by name; as far as they are what they should be."""
+    found = [(name, values.get(key)) for key, name in PARTS.items()]
+    return [
+        (f"{name} {clean(str(part), 80)}", float(value))
+        for name, by_name in found
+        if isinstance(by_name, dict)
+        for part, value in sorted(by_name.items())
+        if isinstance(value, int | float)
+    ]
 
 
 def outcome(folder: RunFolder) -> dict[str, Any]:
@@ -94,14 +118,39 @@ def outcome(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def table(scores: dict[str, Any]) -> list[str]:
+def metrics(scores: Mapping[str, Any]) -> list[str]:
+    """The metrics of answers that are among the scores of several judgements, in the order of the recipe's words."""
+    found = dict.fromkeys(key for values in scores.values() if isinstance(values, dict) for key in values)
+    own = [key for key in found if key.startswith("command.") and key != "command."]
+    return [metric for metric in evals.ROWWISE if metric in found] + own[:_NAMED]
+
+
+def interval(values: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """A metric's 95 % confidence interval, where it has one."""
+    found = values.get("confidence_interval" if metric == "exact_match" else f"{metric}_interval")
+    good = isinstance(found, list) and len(found) == 2 and all(isinstance(one, int | float) for one in found)
+    return (float(found[0]), float(found[1])) if good and found else None
+
+
+def label(metric: str) -> str:
+    """A metric's name for people. One that a command named is somebody else's text."""
+    return clean(metric.removeprefix("command."), 40) if "." in metric else metric.replace("_", " ")
+
+
+def table(scores: Mapping[str, Any]) -> list[str]:
     """The scores as lines of text."""
-    lines = [f"{'':<12}{'exact match':>12}{'95 % interval':>18}{'loss':>10}{'rows':>7}"]
+    shown = metrics(scores)
+    heads = [(label(metric), max(12, len(label(metric)) + 2)) for metric in shown]
+    head = "".join(f"{name:>{width}}{'95 % interval':>18}" for name, width in heads)
+    lines = [f"{'':<12}{head}{'loss':>10}{'rows':>7}"]
     for name, values in scores.items():
-        interval = values.get("confidence_interval")
-        shown = f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else "-"
-        exact = f"{values['exact_match']:.3f}" if "exact_match" in values else "-"
+        cells = ""
+        for metric, (_, width) in zip(shown, heads, strict=True):
+            span = interval(values, metric)
+            value = f"{values[metric]:.3f}" if metric in values else "-"
+            cells += f"{value:>{width}}{f'{span[0]:.3f} – {span[1]:.3f}' if span else '-':>18}"
         loss = f"{values['loss']:.4f}" if "loss" in values else "-"
-        lines.append(f"{name:<12}{exact:>12}{shown:>18}{loss:>10}{values.get('rows', 0):>7}")
-        lines += [f"{'':<12}{'':>30}{value:>10.4f}  {source}" for source, value in _by_source(values)]
+        lines.append(f"{clean(name, 40):<12}{cells}{loss:>10}{values.get('rows', 0):>7}")
+        room = 12 + sum(width + 18 for _, width in heads)
+        lines += [f"{'':<{room}}{value:>10.4f}  {part}" for part, value in parts(values)]
     return lines

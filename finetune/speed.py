@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune import schedule
+from finetune import evals, schedule
 from finetune.budget import BYTES, Load, Need, Pass
 
 _EFFICIENCY_CARD = 0.45
@@ -128,8 +128,12 @@ def judging_seconds(need: Need, load: Load) -> float:
         return _FORWARD * (training_seconds(need, 0, read) or 0.0)
 
     share = sum(load.supervised) / sum(load.lengths)
-    total = forward(load.evaluated_tokens, share * load.evaluated_tokens) if "loss" in wanted.metrics else 0.0
-    if "exact_match" not in wanted.metrics or not load.generated_rows:
+    total = (
+        forward(load.evaluated_tokens, share * load.evaluated_tokens)
+        if set(wanted.metrics) & {"loss", "multiple_choice"}
+        else 0.0
+    )
+    if not set(wanted.metrics) & set(evals.ANSWERED) or not load.generated_rows:
         return total
     turns = -(-load.generated_rows // wanted.batch_rows) * wanted.max_new_tokens
     reading = BYTES[need.compute] * (shape.linear_parameters() + shape.vocab * shape.hidden)

@@ -1,4 +1,4 @@
-"""The verbs of a beginning: init and doctor. Imports no torch."""
+"""The verbs of a beginning: init, import and doctor. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,6 +30,29 @@ def init(
         print_json(made)
 
 
+def import_(
+    config: Annotated[
+        Path,
+        typer.Argument(help="another trainer's YAML, JSON or shell script; nothing in it is run", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="the recipe to write, which must not exist")] = Path("recipe.yaml"),
+    trainer: Annotated[
+        str | None, typer.Option("--from", help="axolotl, llamafactory, qwen, swift or trl; else as its keys say")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option("--devices", help="on how many it was trained, where the file does not say", min=1)
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a recipe with the meaning of another trainer's settings, and say what became of each key."""
+    from finetune import adopt
+
+    made = adopt.begin(config, out, trainer, devices, terminal(quiet=quiet, as_json=as_json))
+    if as_json:
+        print_json(made)
+
+
 def doctor(
     numerics: Annotated[
         bool, typer.Option("--numerics", help="train a tiny model in ways that must agree, and show how far they do")
@@ -47,4 +70,4 @@ def doctor(
         raise typer.Exit(1)
 
 
-VERBS = (init, doctor)
+VERBS = (init, import_, doctor)

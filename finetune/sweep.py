@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import subprocess
 import sys
 import time
@@ -94,7 +95,8 @@ class _Trainer:
     def _child(self, entry: Entry, options: Sequence[str]) -> int:
         """``finetune train`` of one run; a request to stop is passed on, so that it saves where it stands."""
         words = [part for text in entry.overrides for part in ("--set", text)]
-        code = "from finetune.cli import main; main()"
+        # Its own handlers are there from ``main`` on; until then SIGTERM ends it, and nothing has begun.
+        code = f"from finetune import cli, interrupts; interrupts.end_with({os.getpid()}); cli.main()"
         command = [sys.executable, "-P", "-c", code, "train", str(self.sweep.recipe), *words, *options]
         command += ["--quiet"] if self.terminal.quiet else []
         process: subprocess.Popen[bytes] | None = None

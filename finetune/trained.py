@@ -20,7 +20,6 @@ from finetune import (
     finished,
     gather,
     hardware,
-    identity,
     manifest,
     merge,
     model,
@@ -114,8 +113,7 @@ def of(folder: Path, terminal: Terminal, **bare: Any) -> Trained:
 def of_run(folder: Path, terminal: Terminal) -> Trained:
     """A finished run's. Raises as ``finished.open_run``."""
     prepared, files = finished.open_run(folder, terminal)
-    run = Run(prepared, terminal, identity.read(files.identity))
-    run.folder = files
+    run = finished.run_of(prepared, files, terminal)
     held_out = prepared.held_out
     return Trained(
         base=run.base, name=prepared.recipe.model, commit=prepared.commit, sha256=run.identity.base,

@@ -169,7 +169,7 @@ def _fitting(row: Row, renderer: Renderer, max_length: int, policy: str, tokens:
     """(what of the row is trained, its name)."""
 
     def with_turns(turns: Turns, where: str = row.where) -> Row:
-        return Row(conversation=replace(row.conversation, turns=turns), where=where)
+        return replace(row, conversation=replace(row.conversation, turns=turns), where=where)
 
     def fits(turns: Turns) -> bool:
         return any(turn.answers for turn in turns) and _longest(renderer.examples(with_turns(turns))) <= max_length

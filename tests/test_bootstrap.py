@@ -97,3 +97,26 @@ def test_many_rows_fit_in_little_memory() -> None:
     rows = 50_000
     found = bootstrap.paired([1.0] * 300 + [0.0] * (rows - 300), [1.0] * rows)
     assert found.answer == "better"
+
+
+# Newcombe (Statistics in Medicine 17, 1998), table I, method 3: the score interval without continuity correction.
+PUBLISHED = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+# By the formula in decimal arithmetic, to six digits.
+FIGURED = [
+    (0, 200, 0.0, 0.018845),
+    (185, 200, 0.879956, 0.954025),
+    (200, 200, 0.981155, 1.0),
+    (1, 1, 0.206549, 1.0),
+]
+
+
+@pytest.mark.parametrize(("right", "rows", "low", "high"), PUBLISHED)
+def test_interval_is_the_published_one(right: int, rows: int, low: float, high: float) -> None:
+    assert bootstrap.wilson(right, rows) == pytest.approx((low, high), abs=5.1e-5)
+
+
+@pytest.mark.parametrize(("right", "rows", "low", "high"), FIGURED)
+def test_interval_at_the_edges(right: int, rows: int, low: float, high: float) -> None:
+    found = bootstrap.wilson(right, rows)
+    assert found == pytest.approx((low, high), abs=5.1e-7)
+    assert 0.0 <= found[0] <= found[1] <= 1.0

@@ -43,7 +43,7 @@ def rows_of(folder: Path, right: list[bool], losses: list[float], first: int = 0
 
 
 def compared(*folders: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(said(*folders, "--json").out)
+    found: dict[str, Any] = json.loads(said(*folders, "--json", "--quiet").out)
     return found
 
 

@@ -100,9 +100,11 @@ def test_tests_mirror_the_package() -> None:
         "llamaruntime": "test_prove", "terms": "test_release", "signature": "test_verify",
         "joint_plan": "test_together", "runresult": "test_runpage",
         "runsections": "test_runpage",
+        "foreign": "test_adopt", "dsfile": "importers/test_qwen", "foreignparts": "importers/test_axolotl",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",
-        "runcli": "test_compare", "talkcli": "test_chat", "sweepplan": "test_sweep",
+        "runcli": "test_compare", "talkcli": "test_chat", "traincli": "test_launch", "follow": "test_launch", "sweepplan": "test_sweep", "judgecli": "test_judgement",
+        "bare": "test_judgement",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

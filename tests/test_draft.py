@@ -41,7 +41,7 @@ def test_every_format_gives_a_recipe_that_plans(name: str, place: Path) -> None:
     assert (said.code, said.err) == (0, "")
     made = recipe.load(OUT)
     assert (made.data.format, made.data.train_path, made.model) == (name, file, "base")
-    planned = finetune("plan", str(OUT), "--json")
+    planned = finetune("plan", str(OUT), "--json", "--quiet")
     assert (planned.code, planned.err) == (0, "")
     plan = json.loads(planned.out)
     assert plan["steps"] >= 1

@@ -14,41 +14,32 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "cli",
-    "startcli",
-    "datacli",
-    "shipcli",
-    "runcli",
-    "talkcli",
-    "traincli",
-    "options",
-    "pipeline",
-    "chat",
-    "serve",
-    "endpoint",
-    "openai_api",
-    "session",
-    "answer",
-]
+    "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options", "pipeline", "chat",
+    "serve", "endpoint", "openai_api", "session", "answer",
+]  # fmt: skip
 ROAD = [
-    "doctor", "numerics", "draft", "proposal", "survey",
+    "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "adopt", "draft", "proposal",
+    "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
-    "comparepage", "compare", "runtable", "runview", "launch",
-    "together", "follow", "train", "state", "copies", "probe", "fallback",
-    "best", "run", "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
-    "gather", "source", "datafix", "datashow", "datacheck", "repeats",
+    "comparepage", "compare", "runtable", "runview", "launch", "together", "follow", "train", "state",
+    "copies", "probe", "fallback", "best", "run",
+    "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
+    "gather", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
-    "proof", "scores", "evaluate", "metrics", "devices", "lockstep", "loop", "optimizer", "peers", "checkpoint",
+    "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer",
+    "peers", "checkpoint",
     "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
     "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
     "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
-CHOICES = ["families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
+CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "plot", "webpage", "gguf_file", "endings", "llamacpp", "llamaruntime", "interrupts", "jobplace", "timelimit", "unfinished",
-    "ended", "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages",
-    "conversation", "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
+    "hftrainer", "dsfile", "foreignparts", "foreign", "shellscript",
+    "plot", "webpage", "gguf_file", "answer_schema", "pattern", "endings", "llamacpp", "llamaruntime", "interrupts",
+    "jobplace", "timelimit", "unfinished", "ended",
+    "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",
+    "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip
 ORDER = [*ENTRANCE, *ROAD, *CHOICES, *GROUND]
 
@@ -97,7 +88,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_choices_know_no_step_and_no_other_kind_of_choice() -> None:
-    allowed = {"objectives": {"kernels"}, "evals": {"objectives"}, "recipe": {"known_models"}}
+    allowed = {"objectives": {"kernels"}, "evals": {"objectives"}, "recipe": {"known_models"}, "importers": {"recipe"}}
     for path in FILES:
         if room(path) in CHOICES:
             strangers = rooms_used(path) - set(GROUND) - allowed.get(room(path), set())

@@ -76,6 +76,7 @@ CASES: dict[str, list[Case]] = {
         Case(line="train r.yaml --set output=runs/two --set tracker=wandb --set train.steps=2"),
     ],
     "eval": [Case(line=f"eval {OUTPUT}")],
+    "predict": [Case(line=f"predict {OUTPUT} eval.jsonl --out answers.jsonl --max-new-tokens 4")],
     "data check": [Case(line="data check r.yaml"), Case(line="data check train.jsonl --fix fixed.jsonl")],
     "data show": [Case(line="data show r.yaml"), Case(line="data show r.yaml --html page.html")],
     "init": [Case(line="init train.jsonl --out mine.yaml --model base")],

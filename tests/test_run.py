@@ -202,13 +202,13 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
 @pytest.mark.parametrize(
     ("owner", "name", "call", "saved"),
     [
-        (evaluate.loss, "losses", 1, None),  # judging "before"
-        (evaluate.exact_match, "answers", 1, None),
+        (evaluate.loss, "by_token", 1, None),  # judging "before"
+        (evaluate.generation, "greedy", 1, None),
         (loop.torch.nn.utils, "clip_grad_norm_", 1, 1),  # in the first step
         (loop.torch.nn.utils, "clip_grad_norm_", 3, 3),  # in the third, between two checkpoints
         (devices.Session, "log", 4, 4),
         (loop.torch.nn.utils, "clip_grad_norm_", 6, 6),  # in the last
-        (evaluate.loss, "losses", 2, 6),  # judging "after"
+        (evaluate.loss, "by_token", 2, 6),  # judging "after"
     ],
 )
 def test_sigterm_leaves_a_run_that_goes_on(

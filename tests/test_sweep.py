@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from finetune import sweep, sweepplan
 from tests import runs
@@ -172,24 +173,42 @@ def test_halving_needs_losses_that_can_be_compared(place: Path, words: list[str]
     assert said in found.err
 
 
-def test_a_stopped_sweep_goes_on_with_the_same_command(place: Path) -> None:
-    """SIGTERM while the first run trains: it saves, the sweep leaves with 6, and nothing is trained twice."""
-    words = ["sweep", "r.yaml", *GRID, "--set", "train.steps=150", "--set", "train.save_every=150"]
+def training(words: list[str]) -> subprocess.Popen[bytes]:
+    """A sweep in a process of its own, whose first run has taken a step."""
     code = "from finetune.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-P", "-c", code, *words], env=runs.ENVIRONMENT, stdout=2)
     metrics, end = OUTPUT / NAMES[0] / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
         time.sleep(0.02)
+    return process
+
+
+def test_a_killed_sweep_takes_its_run_along(place: Path) -> None:
+    """SIGKILL reaches the sweep alone; the run that it started saves where it stands and leaves its folder free."""
+    process = training(["sweep", "r.yaml", *GRID, "--set", "train.steps=100000", "--set", "train.save_every=100000"])
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    run = OUTPUT / NAMES[0]
+    with FileLock(run / ".lock").acquire(timeout=120):
+        lived = len(runs.metrics(run))
+    assert 0 < lived < 100_000
+    assert any(str(lived) in path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_stopped_sweep_goes_on_with_the_same_command(place: Path) -> None:
+    """SIGTERM while the first run trains: it saves, the sweep leaves with 6, and nothing is trained twice."""
+    words = ["sweep", "r.yaml", *GRID, "--set", "train.steps=60", "--set", "train.save_every=60"]
+    process = training(words)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=120) == 6
     lived = len(runs.metrics(OUTPUT / NAMES[0]))
-    assert 0 < lived < 150
+    assert 0 < lived < 60
     assert any(str(lived) in path.name for path in (OUTPUT / NAMES[0] / "checkpoints").iterdir())
     assert not (OUTPUT / NAMES[1]).exists()
     first = runs.curve(OUTPUT / NAMES[0])
     assert finetune(*words).code == 0
     for name in NAMES:
-        assert [step for step, *_ in runs.curve(OUTPUT / name)] == list(range(1, 151))
+        assert [step for step, *_ in runs.curve(OUTPUT / name)] == list(range(1, 61))
     assert runs.curve(OUTPUT / NAMES[0])[:lived] == first
 
 

@@ -85,14 +85,17 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def row_losses(policy: Policy, batch: Batch) -> list[float]:
-    """Each sample's weighted loss, summed over its tokens. Without a graph."""
+def token_losses(policy: Policy, batch: Batch) -> torch.Tensor:
+    """Each supervised token's weighted loss, in the order of ``batch.predictors``: fp64 on the CPU, without a graph."""
     with torch.no_grad():
         hidden = policy.hidden(batch.ids, batch.positions, batch.bounds)[0]
         found = cross_entropy.losses(hidden[batch.predictors], policy.head, batch.targets).double()
-        found = (found if batch.scales is None else found * batch.scales).cpu()
-        whose = torch.bucketize(batch.predictors.cpu(), torch.tensor(batch.bounds[1:]), right=True)
-        return torch.zeros(len(batch.rows), dtype=torch.float64).index_add_(0, whose, found).tolist()
+        return (found if batch.scales is None else found * batch.scales).cpu()
+
+
+def row_of(batch: Batch) -> torch.Tensor:
+    """Which sample of the batch each of ``batch.predictors`` belongs to."""
+    return torch.bucketize(batch.predictors.cpu(), torch.tensor(batch.bounds[1:]), right=True)
 
 
 def loss(policy: Policy, batch: Batch) -> StepLoss:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from finetune.errors import Fault, RecipeError
-from finetune.recipe import adapter_fields, checks, editor_schema, several, sources, wording
+from finetune.recipe import adapter_fields, checks, editor_schema, judging, several, sources, wording
 from finetune.recipe.sections import Adapter, Data, Evaluate, Quantize, Section, Train
 from finetune.recipe.words import Finding
 
@@ -142,6 +142,28 @@ def _further(
         (echoes if echo else faults).setdefault(where, Fault(what, where, fix))
     # Were nothing else wrong, an echo would have no source: then it is the fault.
     return list(faults.values()) or ([] if taken else list(echoes.values()))
+
+
+def evaluation(overrides: Sequence[str] = ()) -> Evaluate:
+    """The section ``evaluate:`` alone, for a model without a recipe: loss and exact match, and what is overridden.
+
+    Raises ``RecipeError`` with every fault found.
+    """
+    tree: dict[str, Any] = {"evaluate": {"metrics": ["loss", "exact_match"]}}
+    origins = sources.Origins()
+    sources.override(tree, origins, overrides)
+    made, errors = None, []
+    try:
+        made = Evaluate.model_validate(tree["evaluate"])
+    except ValidationError as error:
+        errors = [
+            {**one, "loc": ("evaluate", *one["loc"])} for one in error.errors(include_url=False, include_context=False)
+        ]
+    faults = wording.word(errors, tree, origins, schema())
+    faults += _further(tree, origins, list(judging.check(tree)), {fault.where for fault in faults})
+    if faults or made is None:
+        raise RecipeError.of(wording.in_order(faults))
+    return made
 
 
 def schema() -> dict[str, Any]:

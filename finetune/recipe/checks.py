@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.recipe import keeping, paths
+from finetune.recipe import judging, keeping, paths
 from finetune.recipe.words import Finding, shown
 from finetune.recipe.yamlfile import KeyPath
 
@@ -28,7 +28,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _train(tree)
     yield from _kernels(tree)
     yield from _quantize(tree)
-    yield from _evaluate(tree)
+    yield from judging.check(tree)
     yield from keeping.check(tree)
     yield from paths.check(tree)
 
@@ -108,23 +108,6 @@ def _quantize(tree: dict[str, Any]) -> Iterator[Finding]:
     if weights == "int8" and _value(tree, "adapter", "use_dora") is True:
         # bitsandbytes frees the column statistics that DoRA's norm needs: the second step fails.
         yield Finding(("adapter", "use_dora"), "DoRA cannot be trained on int8 weights", "use nf4, or use_dora: false")
-
-
-def _evaluate(tree: dict[str, Any]) -> Iterator[Finding]:
-    data = tree.get("data")
-    if not isinstance(data, dict):
-        return
-    if data.get("eval_path") is not None and data.get("eval_fraction") is not None:
-        yield Finding(("data", "eval_fraction"), "cannot be given together with eval_path", "keep one")
-    if data.get("eval_path") is not None or data.get("eval_fraction") is not None:
-        return
-    fix = "add data.eval_path or data.eval_fraction"
-    metrics = _value(tree, "evaluate", "metrics")
-    for at, metric in enumerate(metrics if isinstance(metrics, list) else []):
-        if metric == "exact_match":
-            yield Finding(("evaluate", "metrics", at), "exact_match needs held-out rows", fix)
-    if _number(tree, "evaluate", "every"):
-        yield Finding(("evaluate", "every"), "there are no held-out rows to evaluate on", fix)
 
 
 def _variables(node: Any, at: KeyPath) -> Iterator[Finding]:

@@ -153,11 +153,14 @@ class Train(Section):
     )
 
 
+Metric = Literal["loss", "exact_match", "contains", "regex", "json_schema", "multiple_choice", "command"]
+
+
 class Evaluate(Section):
     """How the result is judged."""
 
-    metrics: Annotated[list[Literal["loss", "exact_match"]], Field(min_length=1)] = Field(
-        default=["loss"], description="what is measured on the held-out rows"
+    metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
+        default=["loss"], description="what is measured on the held-out rows, see docs/evaluating.md"
     )
     every: Count = Field(default=0, description="steps between evaluations; 0 means only at the start and the end")
     keep: Literal["last", "best"] = Field(
@@ -175,3 +178,30 @@ class Evaluate(Section):
         default=64, description="longest generated answer, in tokens"
     )
     batch_rows: Annotated[int, Field(ge=1, le=100_000)] = Field(default=32, description="rows judged at once")
+    regex: str | None = Field(
+        default=None,
+        description="the metric regex: what an answer must match; its groups must catch the same as in "
+        "the right answer",
+    )
+    json_schema: str | None = Field(
+        default=None, description="the metric json_schema: a file with the schema that an answer must fit"
+    )
+    multiple_choice: list[str] | str | None = Field(
+        default=None,
+        description="the metric multiple_choice: the options of every row, or the column that holds a row's own",
+    )
+    command: list[str] | None = Field(
+        default=None,
+        description="the metric command: a console command, word by word, that is given the rows as JSON "
+        "lines and prints a number for each",
+    )
+    command_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = Field(
+        default=300.0, description="seconds that the command may take for all rows"
+    )
+
+    def asked(self) -> dict[str, Any]:
+        """What the metrics need besides the rows, by their names."""
+        command = None if self.command is None else (tuple(self.command), self.command_timeout)
+        found = {"regex": self.regex, "json_schema": self.json_schema, "multiple_choice": self.multiple_choice,
+                 "command": command}  # fmt: skip
+        return {name: value for name, value in found.items() if name in self.metrics}

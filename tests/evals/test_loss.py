@@ -32,7 +32,7 @@ def plain(policy: Policy, examples: list[Example]) -> tuple[float, int]:
 def measured(
     policy: Policy, examples: list[Example], limit: int, progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    return loss.score(examples, loss.losses(policy, examples, limit, progress))
+    return loss.score(examples, loss.by_token(policy, examples, limit, progress))
 
 
 @pytest.mark.parametrize("limit", [1, 50, 10_000])

@@ -107,7 +107,7 @@ def test_list_of_keys_is_frozen() -> None:
         "over_length",
         "train": train,
         "evaluate": "metrics every keep best_by early_stopping_patience early_stopping_threshold rows max_new_tokens "
-        "batch_rows",
+        "batch_rows regex json_schema multiple_choice command command_timeout",
         "tracker": None,
         "output": None,
         "adapters": None,

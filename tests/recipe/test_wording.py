@@ -19,6 +19,11 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def metric(name: str, more: str = "") -> Callable[[str], str]:
+    """The recipe with one metric, and one more line below ``evaluate:``."""
+    return swap("[loss, exact_match]", f"[{name}]" + (f"\n  {more}" if more else ""))
+
+
 def swap(old: str, new: str) -> Callable[[str], str]:
     def edit(text: str) -> str:
         assert text.count(old) == 1, old
@@ -235,6 +240,21 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:23:3: evaluate.best_by",
         "'accuracy' is not measured; name one that is (loss, exact_match)",
     ),
+    "metric twice": (swap("[loss, exact_match]", "[loss, loss]"), "r.yaml:21:19: evaluate.metrics[1]", "given twice"),
+    "metric without its own": (metric("regex"), "r.yaml:21:13: evaluate.metrics[0]", "regex needs evaluate.regex"),
+    "its own without the metric": (metric("loss", "regex: x"), "r.yaml:22:3: evaluate.regex", "does not name regex"),
+    "pattern": (metric("regex", "regex: '('"), "r.yaml:22:3: evaluate.regex", "cannot be read: missing )"),
+    "schema gone": (metric("json_schema", "json_schema: s.json"), "r.yaml:22:3: evaluate.json_schema", "no such file"),
+    "schema none": (metric("json_schema", "json_schema: r.yaml"), "r.yaml:22:3: evaluate.json_schema", "is not JSON"),
+    "one option": (metric("multiple_choice", "multiple_choice: [a]"), "r.yaml:22:3", "one option is no choice"),
+    "option twice": (metric("multiple_choice", "multiple_choice: [a, 'a ']"), "r.yaml:22:3", "comes twice"),
+    "command gone": (
+        metric("command", "command: [no-such-judge, x]"),
+        "r.yaml:22:3",
+        "no such command: 'no-such-judge'",
+    ),
+    "command a text": (metric("command", "command: python3 judge.py"), "r.yaml:22:3: evaluate.command", "a list"),
+    "command empty": (metric("command", "command: []"), "r.yaml:22:3: evaluate.command", "the command is empty"),
     "empty metrics": (swap("[loss, exact_match]", "[]"), "r.yaml:21:3: evaluate.metrics", "a list"),
     "section missing": (lambda text: text[: text.index("evaluate")], "r.yaml:1:1: output", "missing"),
     "key missing": (swap("  max_length: 256\n", ""), "r.yaml:12:1: train.max_length", "missing"),

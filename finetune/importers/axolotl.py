@@ -1,0 +1,300 @@
+"""axolotl's YAML (``axolotl train FILE``).
+
+Facts of axolotl 0.19.0, which runs with transformers 5.16.1 and PEFT 0.20.0: `utils/schemas/` (defaults; a pydantic
+model that ignores unknown keys), `core/builders/base.py` (warm-up, saves), `utils/config/__init__.py` (shares of an
+epoch, number formats), `utils/trainer.py` (steps), `utils/data/utils.py` (long rows), `loaders/` (adapter and
+quantisation), `prompt_strategies/` (what is in the loss).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune import importers
+from finetune.dsfile import scheduler
+from finetune.foreign import Course, Draft, Settings, short
+from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
+from finetune.hftrainer import TRACKERS, Names, course
+
+SIGNS = frozenset({
+    "base_model", "micro_batch_size", "sequence_len", "datasets", "adapter", "num_epochs", "val_set_size",
+    "lora_target_linear", "sample_packing", "dataset_prepared_path", "train_on_inputs", "lr_scheduler",
+    "pad_to_sequence_len", "lora_r", "evals_per_epoch", "saves_per_epoch", "optimizer", "lora_model_dir",
+    "tokenizer_type", "wandb_project",
+})  # fmt: skip
+COMMANDS = (("axolotl", "train"), ("axolotl.cli.train",))
+_LEAST_WARMUP = 2
+_LOST = ("shards", "drop_system_message", "message_field_training", "train_on_eos", "train_on_eot", "split_thinking")
+_OWN_TEXT = {
+    "instruction": "field_instruction",
+    "input": "field_input",
+    "output": "field_output",
+    "system": "field_system",
+}
+
+
+def draft(settings: Settings) -> Draft:
+    made = Draft(settings=settings, version="axolotl 0.19.0")
+    if settings.has("rl"):
+        raise settings.stop(
+            "rl", f"{short(settings.text('rl'))} has no objective here", "only supervised fine-tuning is taken over"
+        )
+    kind = settings.text("adapter")
+    if kind not in ("lora", "qlora"):
+        what = f"{short(kind)} is no LoRA" if kind else "not set: every weight is trained, and lora_* is ignored"
+        raise settings.stop("adapter", what, "write adapter: lora or qlora there: here only adapters are trained")
+    if settings.has("base_model"):
+        made.put("model", settings.text("base_model"), "base_model")
+    else:
+        settings.fault("base_model", "missing", "name the base model")
+    for key in ("revision_of_model", "model_revision"):
+        if settings.has(key):
+            made.put("revision", settings.text(key), key)
+    _formats(made, settings, kind)
+    _adapter(made, settings)
+    length = _window(made, settings)
+    _course(made, settings, length if settings.truth("sample_packing", default=False) else None)
+    _rows(made, settings)
+    made.put("output", settings.text("output_dir", "model-out"), "output_dir")
+    made.leftovers(importers.known("axolotl"), "axolotl does not know this key and drops it without a word")
+    return made
+
+
+def _formats(made: Draft, settings: Settings, kind: str) -> None:
+    four, eight = settings.truth("load_in_4bit", default=False), settings.truth("load_in_8bit", default=False)
+    automatic = settings.text("bf16", "auto") in ("auto", "full")
+    bf16 = automatic or settings.truth("bf16", default=True) or settings.truth("bfloat16", default=False)
+    fp16 = settings.truth("fp16", default=False) or settings.truth("float16", default=False)
+    if settings.has("fp16") and fp16 and automatic:
+        bf16 = False
+    if kind == "qlora" and not four:
+        settings.fault("load_in_4bit", "must be true with adapter: qlora", "write it, or adapter: lora")
+    if four and eight:
+        settings.fault("load_in_8bit", "cannot be true beside load_in_4bit", "keep one")
+    if four:
+        extra = settings.raw("bnb_config_kwargs")
+        changed: dict[str, Any] = extra if isinstance(extra, dict) else {}
+        form = str(changed.get("bnb_4bit_quant_type", "nf4"))
+        double = bool(changed.get("bnb_4bit_use_double_quant", True))
+        number_formats(made, form, ("load_in_4bit",), f"4 bits, {form}", double=double)
+    elif eight:
+        number_formats(made, "int8", ("load_in_8bit",), "8 bits")
+    else:
+        form = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+        number_formats(made, form, ("bf16", "fp16"), form)
+    compute(made, bf16, fp16, ("bf16", "fp16"), "auto" if automatic else "bf16" if bf16 else "fp16" if fp16 else "fp32")
+
+
+def _adapter(made: Draft, settings: Settings) -> None:
+    made.add("adapter.method", "lora", "PEFT method")
+    for key, ours in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+        if settings.has(key):
+            value = settings.count(key, 8) if ours == "r" else settings.number(key, 8)
+            made.put(f"adapter.{ours}", value, key)
+        else:
+            settings.fault(key, "missing: axolotl has no default for it", "write it")
+    made.put("adapter.lora_dropout", settings.number("lora_dropout", 0.0), "lora_dropout")
+    names, linear = settings.items("lora_target_modules"), settings.truth("lora_target_linear", default=False)
+    if linear:
+        targets(made, "lora_target_linear", [])
+    elif names:
+        targets(made, "lora_target_modules", names)
+    else:
+        settings.fault("lora_target_modules", "missing: nothing would get a LoRA", "or write lora_target_linear: true")
+    if settings.has("peft_layers_to_transform"):
+        layers = settings.raw("peft_layers_to_transform")
+        made.put("adapter.layers_to_transform", layers, "peft_layers_to_transform")
+    for key, ours in (("peft_use_dora", "use_dora"), ("peft_use_rslora", "use_rslora")):
+        if settings.truth(key, default=False):
+            made.put(f"adapter.{ours}", True, key)
+    ratio = settings.given("loraplus_lr_ratio")
+    if ratio:
+        made.put("train.lora_plus_ratio", ratio, "loraplus_lr_ratio")
+    if settings.text("peft_init_lora_weights", "true") not in ("true", "gaussian"):
+        made.lost("peft_init_lora_weights", "an adapter begins at zero here, so that the base is not changed")
+    if settings.has("lora_model_dir"):
+        made.lost("lora_model_dir", "a run begins with a new adapter: merge that one into its base first")
+    if settings.has("peft"):
+        made.lost("peft", "LoftQ and torchao: the base is quantised as quantize.weights says")
+    whole(made, "lora_modules_to_save", settings.items("lora_modules_to_save"))
+
+
+def _window(made: Draft, settings: Settings) -> int:
+    length = settings.count("sequence_len", 512, least=8)
+    made.put("train.max_length", length, "sequence_len")
+    if not settings.has("sequence_len"):
+        made.differs("sequence_len", "not set: 512 tokens")
+    how = settings.text("excess_length_strategy", "drop")
+    ours = {"drop": "drop", "raise": "error"}.get(how, "drop")
+    made.put("data.over_length", ours, "excess_length_strategy", value=how)
+    if how == "truncate":
+        made.differs("excess_length_strategy", f"rows over {length:,} tokens lose their end there, the answer and "
+                                               "its stop token "
+                     "first; here they are left out and named, or raise max_length")  # fmt: skip
+    elif how == "drop":
+        made.differs("excess_length_strategy", f"rows over {length:,} tokens are left out there, which only a log "
+                                               "line says; here "
+                     "each is named in rows.jsonl")  # fmt: skip
+    return length
+
+
+def _course(made: Draft, settings: Settings, packed: int | None) -> None:
+    if not settings.has("gradient_accumulation_steps") and settings.has("batch_size"):
+        total, micro = settings.count("batch_size", 1), settings.count("micro_batch_size", 1)
+        settings.values = {**settings.values, "gradient_accumulation_steps": max(1, total // micro)}
+    settings.used.add("batch_size")
+    if not settings.has("learning_rate"):
+        settings.fault("learning_rate", "missing: axolotl has no default for it", "write it")
+    names = Names(
+        batch="micro_batch_size", epochs="num_epochs", schedule="lr_scheduler", optimizer="optimizer",
+        batch_default=1, epochs_default=1.0, schedule_default="cosine",
+    )  # fmt: skip
+    course(made, names, packed=packed)
+    scheduler(made)
+    assert made.course is not None
+    _steps(made, settings, made.course)
+    if (settings.devices or 1) > 1:
+        made.differs("micro_batch_size", "each device's mean has the same weight there, however few answer tokens "
+                                         "it holds "
+                     "(average_tokens_across_devices is off); here every token of a step counts the same")  # fmt: skip
+    if not settings.has("save_total_limit"):
+        made.put("train.keep_last", 4, "save_total_limit")
+    for key in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio"):
+        if settings.has(key):
+            made.lost(key, "a recipe's cosine ends near zero")
+    used = [name for name in TRACKERS if settings.truth(f"use_{name}", default=False)]
+    if settings.has("wandb_project") and not settings.has("use_wandb"):
+        used.append("wandb")
+    keys = [f"use_{name}" for name in used or ("wandb",)]
+    made.put("tracker", used[0] if used else "none", *keys, value=used or "none")
+
+
+def _steps(made: Draft, settings: Settings, planned: Course) -> None:
+    """Warm-up by axolotl's own arithmetic; saves and evaluations as shares of a pass."""
+    planned.passes, planned.rounding = "filled", int
+    if not settings.has("warmup_steps", "warmup_ratio"):
+        planned.warmup, planned.warmup_keys = 0.03, ("warmup_ratio",)
+        planned.least_warmup = lambda steps: _least(min(steps, 100))
+    else:
+        planned.least_warmup = _least
+        if planned.warmup == 1:
+            planned.warmup = _LEAST_WARMUP
+    if made.lines["train.schedule"][0] == "constant" and settings.text("lr_scheduler") == "constant":
+        planned.warmup = 0
+    planned.save = _share(settings, "save", planned.epochs, "epoch")
+    planned.evaluate = _share(settings, "eval", planned.epochs, "no")
+    planned.save_keys = ("saves_per_epoch", *planned.save_keys)
+    planned.evaluate_keys = ("evals_per_epoch", *planned.evaluate_keys)
+
+
+def _least(steps: int) -> int:
+    """A warm-up of one step becomes two there."""
+    return _LEAST_WARMUP if steps == 1 else steps
+
+
+def _share(settings: Settings, what: str, epochs: float, default: str) -> float | str:
+    each = settings.given(f"{what}s_per_epoch")
+    steps = settings.given(f"{what}_steps")
+    strategy = settings.text(f"{what}_strategy", default)
+    if each and steps:
+        settings.fault(f"{what}s_per_epoch", f"cannot be given together with {what}_steps", "keep one")
+    if each and each * epochs > 1:
+        return 1 / (each * epochs)
+    if steps:
+        return steps
+    return strategy if strategy in ("epoch", "no") else "no"
+
+
+def _rows(made: Draft, settings: Settings) -> None:
+    listed = settings.raw("datasets")
+    if not isinstance(listed, list) or not listed:
+        raise settings.stop("datasets", "missing", "name the data sets: a list of path and type")
+    roles: set[str] = set()
+    origins = [_origin(made, settings, "datasets", declared, roles) for declared in listed]
+    train_rows(made, origins, "datasets")
+    tests = settings.raw("test_datasets")
+    judged = [_origin(made, settings, "test_datasets", one, roles) for one in tests] if isinstance(tests, list) else []
+    eval_rows(made, judged, "test_datasets")
+    size = settings.number("val_set_size", 0.0)
+    if size < 0:
+        settings.fault("val_set_size", "must be a number of rows, or a share below 1")
+    elif size and judged:
+        settings.fault("val_set_size", "cannot be given together with test_datasets", "keep one")
+    elif size and made.course:
+        made.course.held, made.course.held_key = size, "val_set_size"
+    everything = settings.truth("train_on_inputs", default=False) or "user" in roles
+    made.put("data.train_on", "all" if everything else "assistant", "train_on_inputs", value=everything)
+    template = settings.text("chat_template")
+    if template and not template.startswith("tokenizer_default"):
+        made.differs("chat_template", f"{short(template)} is axolotl's own text, not the tokenizer's template; here "
+                                      "the "
+                     "tokenizer's is used: compare one row with `finetune data show`")  # fmt: skip
+    if settings.has("special_tokens", "tokens"):
+        made.lost(
+            "special_tokens", "the tokenizer is taken as it is published; trainable_tokens trains rows of its tokens"
+        )
+        settings.used.add("tokens")
+
+
+def _origin(made: Draft, settings: Settings, key: str, declared: object, roles: set[str]) -> Origin:
+    if not isinstance(declared, dict) or not isinstance(declared.get("path"), str):
+        raise settings.stop(key, "each must be a mapping with a path", "write `- path: …`")
+    known = importers.known("axolotl.datasets")
+    for word in declared:
+        if word not in known:
+            near = importers.near(str(word), known)
+            made.differs(
+                key,
+                f"{short(str(word))} is no key of a data set there, and dropped without a word; {near}".rstrip("; "),
+            )
+    path, files = declared["path"], declared.get("data_files")
+    if path in ("json", "csv", "parquet") and isinstance(files, str):
+        path = files
+    elif files:
+        made.lost(key, f"data_files of {short(path)}: name the files themselves in data.sources")
+    for word in _LOST:
+        if declared.get(word):
+            made.lost(key, f"{word} of {short(path)}: every answer ends with its trained stop token here, and "
+                           "`train: false` of a "
+                      "message keeps it out of the loss")  # fmt: skip
+    roles.update(map(str, declared.get("roles_to_train") or ()))
+    path = settings.find(path)
+    format_name, columns = _kind(made, key, path, declared)
+    return Origin(
+        path=path, format=format_name, columns=columns, split=str(declared.get("split") or "train"),
+        subset=str(declared.get("name") or ""), revision=str(declared.get("revision") or ""),
+    )  # fmt: skip
+
+
+def _kind(made: Draft, key: str, path: str, declared: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """``type`` of a data set: the format, and its columns where they are called otherwise."""
+    kind = declared.get("type")
+    if isinstance(kind, dict):
+        made.differs(key, f"{short(path)} fills in a text of its own for each row there; here its fields become "
+                          "turns of the "
+                     "tokenizer's template")  # fmt: skip
+        fields = {ours: str(kind.get(theirs) or ours) for ours, theirs in _OWN_TEXT.items()}
+        return "alpaca", {ours: column for ours, column in fields.items() if column != ours}
+    word = str(kind or "").partition(".")[0].partition(":")[0]
+    if word == "completion":
+        made.differs(
+            key, f"{short(path)}: texts longer than sequence_len are cut into several there; here see data.over_length"
+        )
+        column = str(declared.get("field") or "text")
+        return "text", {} if column == "text" else {"text": column}
+    if word.startswith("alpaca"):
+        made.differs(key, f"{short(path)}: type {short(kind)} writes its own text around the instruction (### "
+                          "Instruction and the "
+                     "like), with no chat template; here the tokenizer's template is used")  # fmt: skip
+        return "alpaca", {}
+    if word in ("chat_template", "sharegpt"):
+        column = str(declared.get("field_messages") or ("conversations" if word == "sharegpt" else "messages"))
+        if word == "sharegpt":
+            made.differs(key, "type sharegpt is refused by axolotl now: it is read as type chat_template")
+        if column == "conversations":
+            return "sharegpt", {}
+        return "chat", {} if column == "messages" else {"messages": column}
+    made.lost(
+        key, f"{short(path)}: type {short(kind)} has no format of its name here; the columns decide (data.format: auto)"
+    )
+    return "auto", {}

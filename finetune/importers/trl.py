@@ -1,0 +1,192 @@
+"""TRL's ``trl sft --config FILE`` (or its arguments on a command line).
+
+Facts of TRL 1.16.0 with transformers 5.23.0 and PEFT 0.21.2: `trl/scripts/sft.py` and `scripts/utils.py` (which keys
+are read, that unknown ones are dropped), `trainer/sft_config.py` and `model_config.py` (defaults),
+`trainer/sft_trainer.py` (what is cut and what is in the loss), `trainer/utils.py` (number formats).
+"""
+
+from __future__ import annotations
+
+from finetune import importers
+from finetune.dsfile import scheduler
+from finetune.foreign import Draft, Settings, short
+from finetune.foreignparts import Origin, compute, eval_rows, number_formats, shape, targets, train_rows, whole
+from finetune.hftrainer import Names, course
+
+SIGNS = frozenset({
+    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "use_peft", "load_in_4bit",
+    "lora_r", "lora_target_modules", "max_seq_length", "assistant_only_loss", "completion_only_loss",
+    "dataset_text_field", "packing_strategy", "use_bnb_nested_quant", "dtype",
+})  # fmt: skip
+COMMANDS = (("trl", "sft"), ("sft.py",))
+_OLD = {
+    "max_seq_length": "max_length, whose default is 1024",
+    "warmup_ratio": "warmup_steps, which is a share of the steps where it is below 1, and 0 by default",
+    "torch_dtype": "dtype, whose default is float32",
+}
+"""Names of earlier versions that 1.16 drops like any other word that it does not know."""
+_OTHERS = {"beta": "DPO", "reward_funcs": "GRPO", "num_generations": "GRPO", "ref_model_name_or_path": "DPO",
+           "desirable_weight": "KTO"}  # fmt: skip
+
+
+def draft(settings: Settings) -> Draft:
+    made = Draft(settings=settings, version="TRL 1.16.0, transformers 5.23.0")
+    for key, method in _OTHERS.items():
+        if settings.has(key):
+            raise settings.stop(
+                key, f"this is {method}, for which there is no objective here", "only SFT is taken over"
+            )
+    if not settings.truth("use_peft", default=False):
+        what = "use_peft is not set: TRL trains every weight, and ignores whatever lora_* says"
+        raise settings.stop(
+            "use_peft", what, "write use_peft: true there if an adapter is meant: here only adapters are trained"
+        )
+    if settings.has("model_name_or_path"):
+        made.put("model", settings.text("model_name_or_path"), "model_name_or_path")
+    else:
+        settings.fault("model_name_or_path", "missing", "name the base model")
+    if settings.text("model_revision", "main") != "main":
+        made.put("revision", settings.text("model_revision"), "model_revision")
+    _formats(made, settings)
+    _adapter(made, settings)
+    length = _window(made, settings)
+    packing = settings.truth("packing", default=False)
+    course(made, Names(rate_default=2e-5, ratio=False), packed=length if packing else None)
+    scheduler(made)
+    _rows(made, settings)
+    if settings.values.get("learning_rate") is None:
+        made.differs("learning_rate", "2e-05 is TRL's default for whole models; adapters usually take ten times that")
+    made.put("output", settings.text("output_dir", "trainer_output"), "output_dir")
+    _unknown(made, settings)
+    return made
+
+
+def _formats(made: Draft, settings: Settings) -> None:
+    dtype = settings.text("dtype", "float32")
+    fp16 = settings.truth("fp16", default=False)
+    bf16 = settings.truth("bf16", default=not fp16)
+    four, eight = settings.truth("load_in_4bit", default=False), settings.truth("load_in_8bit", default=False)
+    if four and eight:
+        settings.fault("load_in_8bit", "cannot be true beside load_in_4bit", "keep one")
+    if four:
+        kind = settings.text("bnb_4bit_quant_type", "nf4")
+        double = settings.truth("use_bnb_nested_quant", default=False)
+        number_formats(made, kind, ("load_in_4bit", "bnb_4bit_quant_type"), f"4 bits, {kind}", double=double)
+    elif eight:
+        number_formats(made, "int8", ("load_in_8bit",), "8 bits")
+    else:
+        words = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "auto": "bf16"}
+        if dtype not in words:
+            settings.fault("dtype", f"must be auto, bfloat16, float16 or float32; found {short(dtype)}")
+        number_formats(made, words.get(dtype, "bf16"), ("dtype",), dtype)
+    if not settings.has("dtype"):
+        made.differs("dtype", "TRL loads the base in float32 where dtype is not set: twice the memory of bfloat16"
+                     + (", and the dequantised 4-bit weights are float32 too" if four else ""))  # fmt: skip
+    compute(made, bf16, fp16, ("bf16", "fp16"), "bf16" if bf16 else "fp16" if fp16 else "float32")
+
+
+def _adapter(made: Draft, settings: Settings) -> None:
+    made.add("adapter.method", "lora", "PEFT method")
+    made.put("adapter.r", settings.count("lora_r", 16), "lora_r")
+    made.put("adapter.lora_alpha", settings.number("lora_alpha", 32), "lora_alpha")
+    made.put("adapter.lora_dropout", settings.number("lora_dropout", 0.05), "lora_dropout")
+    names = settings.items("lora_target_modules")
+    if names:
+        targets(made, "lora_target_modules", names)
+    else:
+        made.put("adapter.target_modules", ["q_proj", "v_proj"], "lora_target_modules",
+                 note="PEFT's choice for llama, qwen2 and qwen3")  # fmt: skip
+        made.differs("lora_target_modules", "only q_proj and v_proj of each layer get a LoRA where it is not set; "
+                     "all-linear is what is usually meant")  # fmt: skip
+    for key in ("use_rslora", "use_dora"):
+        if settings.truth(key, default=False):
+            made.put(f"adapter.{key}", True, key)
+    whole(made, "lora_modules_to_save", settings.items("lora_modules_to_save"))
+
+
+def _window(made: Draft, settings: Settings) -> int:
+    reach = settings.place.reach(settings.text("model_name_or_path"))
+    if "max_length" in settings.values and settings.raw("max_length") is None:
+        length = reach or 2048
+        made.put("train.max_length", length, "max_length", value="none", note="nothing was cut: what the model reaches")
+    else:
+        length = settings.count("max_length", 1024, least=8)
+        made.put("train.max_length", length, "max_length")
+    made.add(
+        "data.over_length", "drop", f"rows over {length:,} tokens: left out and named; there their end was cut off"
+    )
+    default = "" if settings.has("max_length") else "not set: "
+    made.differs("max_length", f"{default}rows over {length:,} tokens lose their end there without a word, the "
+                               "answer's end "
+                 "and its stop token first; here such a row is left out and named (data.over_length), or raise "
+                 "max_length")  # fmt: skip
+    return length
+
+
+def _rows(made: Draft, settings: Settings) -> None:
+    listed = settings.raw("datasets")
+    test = settings.text("dataset_test_split", "test")
+    judged = made.course is not None and made.course.evaluate != "no"
+    if isinstance(listed, list) and listed:
+        origins = [_mixed(made, settings, one) for one in listed]
+        train_rows(made, origins, "datasets")
+        if settings.has("test_split_size") and made.course:
+            made.course.held, made.course.held_key = settings.number("test_split_size", 0), "test_split_size"
+    elif settings.has("dataset_name"):
+        name = settings.find(settings.text("dataset_name"))
+        split, subset = settings.text("dataset_train_split", "train"), settings.text("dataset_config")
+        origins = [Origin(path=name, split=split, subset=subset)]
+        train_rows(made, origins, "dataset_name")
+        if judged:
+            eval_rows(made, [Origin(path=name, split=test)], "dataset_name")
+        elif not settings.has("eval_strategy"):
+            made.lost("dataset_test_split", "nothing was judged there (eval_strategy is no by default); "
+                                            "data.eval_path or "
+                      "data.eval_fraction judges here")  # fmt: skip
+    else:
+        raise settings.stop("dataset_name", "missing: dataset_name or datasets", "name the data set")
+    _loss(made, settings, [origin.path for origin in origins])
+
+
+def _mixed(made: Draft, settings: Settings, declared: object) -> Origin:
+    if not isinstance(declared, dict) or not isinstance(declared.get("path"), str):
+        raise settings.stop("datasets", "each must be a mapping with a path", "write `- path: …`")
+    path, files = declared["path"], declared.get("data_files")
+    if path in ("json", "csv", "parquet") and isinstance(files, str):
+        path = settings.find(files)
+    elif files or declared.get("data_dir"):
+        made.lost("datasets", f"data_files and data_dir of {short(path)}: name the files themselves in data.sources")
+    if declared.get("fraction") is not None:
+        made.lost("datasets", f"fraction of {short(path)} is a share of rows, of the first ones; `share` is of tokens")
+    split, name = declared.get("split"), declared.get("name")
+    return Origin(path=settings.find(path), split=str(split or "train"), subset=str(name or ""))
+
+
+def _loss(made: Draft, settings: Settings, paths: list[str]) -> None:
+    only = settings.truth("assistant_only_loss", default=False)
+    kinds = {shape(settings.place.columns(path)) for path in paths}
+    if any({"chosen", "rejected"} <= set(settings.place.columns(path) or ()) for path in paths):
+        raise settings.stop("dataset_name", "its rows are preference pairs: no objective here trains on them")
+    pairs = settings.truth("completion_only_loss", default=kinds == {"pairs"})
+    ours = "assistant" if only or pairs else "all"
+    made.put("data.train_on", ours, "assistant_only_loss", "completion_only_loss", value=f"{only}, {pairs}".lower())
+    if ours == "all" and kinds != {"text"}:
+        made.differs("assistant_only_loss", "not set: questions and system turns are in the loss too, unless rows have "
+                     "prompt and completion; data.train_on: assistant trains answers alone")  # fmt: skip
+    if kinds & {"pairs", "text"}:
+        made.differs("eos_token", "TRL appends the tokenizer's end token to prompt and completion and to text; here an "
+                     "answer ends with the stop token of the template")  # fmt: skip
+    field = settings.text("dataset_text_field", "text")
+    if field != "text":
+        made.add("data.format", "text", "dataset_text_field")
+        made.put("data.columns", {"text": field}, "dataset_text_field")
+
+
+def _unknown(made: Draft, settings: Settings) -> None:
+    for key, now in _OLD.items():
+        if settings.has(key) and key not in settings.used | set(importers.known("trl")):
+            settings.used.add(key)
+            made.differs(key, f"a name of earlier versions; 1.16 drops it without a word. It is now {now}: that is "
+                              "what "
+                         "is taken over")  # fmt: skip
+    made.leftovers(importers.known("trl"), "TRL does not know this key and drops it without a word")

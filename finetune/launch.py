@@ -116,11 +116,13 @@ def verdict(codes: dict[int, int]) -> int:
     told = [code for code in codes.values() if code > 0]
     if faults := [code for code in told if code != Interrupted.exit_code]:
         return max(faults)
+    if told:
+        return max(told)
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     if killed:
         rank, signal = next(iter(killed.items()))
         raise Interrupted(f"process {rank} of the job was killed (signal {signal})", fix=_GO_ON)
-    return max(told, default=0)
+    return 0
 
 
 def _free_port() -> int:

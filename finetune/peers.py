@@ -58,7 +58,7 @@ class Peers:
         """
         return results
 
-    def tell(self, error: Exception) -> None:
+    def tell(self, error: torch.OutOfMemoryError | ModelError) -> None:
         """This process has no results for the step; the others, which wait for them, must know."""
 
     def say(self, word: int) -> None:
@@ -125,8 +125,9 @@ class Group(Peers):
         self._asked = any(one.get("stopping") for one in told)
         for rank, one in enumerate(told):
             if "fault" in one:
-                what = f"{one['what']} (process {rank} of {self.world})"
-                raise (OutOfMemoryElsewhere if one["fault"] == "memory" else ModelError)(what)
+                what, where, fix = one["said"]
+                what = f"{what} (process {rank} of {self.world})"
+                raise OutOfMemoryElsewhere(what) if one["fault"] == "memory" else ModelError(what, where, fix)
         nobody = set(bare).intersection(*(one["bare"] for one in told))
         with _together(), _all_or_none():
             for part in _buckets([one for number, one in enumerate(parameters) if number not in nobody]):
@@ -134,10 +135,11 @@ class Group(Peers):
         found = {int(number): value for one in told for number, value in one["results"].items()}
         return dict(sorted(found.items()))
 
-    def tell(self, error: Exception) -> None:
+    def tell(self, error: torch.OutOfMemoryError | ModelError) -> None:
         if self._in_step:
-            kind = "memory" if isinstance(error, torch.OutOfMemoryError) else "model"
-            self._exchange({"fault": kind, "what": _first_line(error), "stopping": self.stopping()})
+            model = isinstance(error, ModelError)
+            said = list(error.faults[0]) if isinstance(error, ModelError) else [_first_line(error), "", ""]
+            self._exchange({"fault": "model" if model else "memory", "said": said, "stopping": self.stopping()})
             self._in_step = False
 
     def say(self, word: int) -> None:

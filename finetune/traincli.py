@@ -12,36 +12,45 @@ from finetune import jobplace
 from finetune.options import AsJson, Overrides, Quiet, RecipePath, check_recipe, print_json, seconds, terminal
 from finetune.timelimit import TimeLimit
 
+Extend = Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")]
+Until = Annotated[
+    int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
+]
+MaxTime = Annotated[
+    str | None, typer.Option("--max-time", help="stop, saved, before so much time is over (2h, 90m): exit code 6")
+]
+Processes = Annotated[
+    int, typer.Option("--processes", help="start so many, one a GPU, that share each step", min=1, max=4096)
+]
+Launch = Annotated[
+    Literal["local", "torchrun", "accelerate", "slurm"] | None,
+    typer.Option("--launch", help="what starts them; without it torchrun for several, and nothing for one"),
+]
+Config = Annotated[
+    Path | None, typer.Option("--launch-config", help="accelerate: its config file", exists=True, dir_okay=False)
+]
+Job = Annotated[
+    list[str] | None,
+    typer.Option("--job", help="slurm: a setting of submitit, as slurm_partition=gpu", metavar="KEY=VALUE"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the launcher's command and start nothing")]
+World = Annotated[
+    int | None, typer.Option("--world", help="so many of these were launched: any other number is refused", min=1)
+]
+
 
 def train(
     recipe: RecipePath,
     set_: Overrides = None,
-    extend: Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")] = False,
-    until: Annotated[
-        int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
-    ] = None,
-    max_time: Annotated[
-        str | None, typer.Option("--max-time", help="stop, saved, before so much time is over (2h, 90m): exit code 6")
-    ] = None,
-    processes: Annotated[
-        int, typer.Option("--processes", help="start so many, one a GPU, that share each step", min=1, max=4096)
-    ] = 1,
-    launch: Annotated[
-        Literal["local", "torchrun", "accelerate", "slurm"] | None,
-        typer.Option("--launch", help="what starts them; without it torchrun for several, and nothing for one"),
-    ] = None,
-    launch_config: Annotated[
-        Path | None, typer.Option("--launch-config", help="accelerate: its config file", exists=True, dir_okay=False)
-    ] = None,
-    job: Annotated[
-        list[str] | None,
-        typer.Option("--job", help="slurm: a setting of submitit, as slurm_partition=gpu", metavar="KEY=VALUE"),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the launcher's command and start nothing")] = False,
-    world: Annotated[
-        int | None,
-        typer.Option("--world", help="a launcher has started so many of these: refuse any other number", min=1),
-    ] = None,
+    extend: Extend = False,
+    until: Until = None,
+    max_time: MaxTime = None,
+    processes: Processes = 1,
+    launch: Launch = None,
+    launch_config: Config = None,
+    job: Job = None,
+    dry_run: DryRun = False,
+    world: World = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -103,7 +103,8 @@ def test_tests_mirror_the_package() -> None:
         "foreign": "test_adopt", "dsfile": "importers/test_qwen", "foreignparts": "importers/test_axolotl",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",
-        "runcli": "test_compare", "talkcli": "test_chat", "traincli": "test_launch", "follow": "test_launch", "sweepplan": "test_sweep", "judgecli": "test_judgement",
+        "runcli": "test_compare", "talkcli": "test_chat",
+        "traincli": "test_launch", "follow": "test_launch", "sweepplan": "test_sweep", "judgecli": "test_judgement",
         "bare": "test_judgement",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options", "pipeline", "chat",
-    "serve", "endpoint", "openai_api", "session", "answer",
+    "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options",
+    "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
     "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "adopt", "draft", "proposal",

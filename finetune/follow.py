@@ -6,6 +6,7 @@ before every save.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ def follow(recipe: Path, overrides: Sequence[str], peers: Peers) -> None:
         peers.barrier()  # what the first one reads and fetches for all is there
         _follow(prepare.prepare(recipe, overrides), peers)
     except PeerLost:
-        time.sleep(_GRACE)
+        with contextlib.suppress(KeyboardInterrupt):  # the launcher, which ends all that are left
+            time.sleep(_GRACE)
         raise
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ _PATIENCE = timedelta(days=7)
 """How long the others wait while the first one judges or writes. One that dies is noticed at once, by its socket."""
 _BUCKET = 64 * 1024 * 1024
 """Numbers of the gradient that are summed in one piece."""
+
+_SOURCE = re.compile(r"^\[\S+:\d+\] ")
+"""Where in gloo's own source an error was made."""
 
 
 class PeerLost(Interrupted):
@@ -255,7 +259,8 @@ def _together() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        what = f"another process of this job has ended ({_first_line(error)})"
+        why = _SOURCE.sub("", _first_line(error)).partition(". ")[0]
+        what = f"another process of this job has ended ({why})"
         raise PeerLost(what, fix="the same command goes on from the last checkpoint") from None
 
 

@@ -182,7 +182,7 @@ def wait_for_step(job: subprocess.Popen[str], step: int) -> None:
         time.sleep(0.01)
 
 
-SLOW = (*QUICK[:2], "train.examples_per_step=20", "train.steps=400", "train.save_every=7")
+SLOW = (*QUICK[:2], "train.examples_per_step=20", "train.steps=150", "train.save_every=7")
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_processes_are_killed_again_and_again(place: Path, slow: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(OUTPUT)
         for _ in range(draw.choice((1, 1, 2))):  # some are killed again after they went on
-            killed(draw.randrange(2), after=len(_lines()) + draw.randrange(1, 120))
+            killed(draw.randrange(2), after=len(_lines()) + draw.randrange(1, 60))
             trials += 1
         done = launched("--processes", "2", overrides=SLOW)
         assert done.returncode == 0, done.stderr
@@ -244,7 +244,7 @@ def test_sigterm_to_the_command_saves_and_ends_with_code_6(place: Path, slow: st
         job.send_signal(signal.SIGTERM)
         _, err = job.communicate(timeout=100)
     assert job.returncode == 6, err
-    found = re.search(r"stopped on request; step (\d+) of 400 is saved in runs/one", err)
+    found = re.search(r"stopped on request; step (\d+) of 150 is saved in runs/one", err)
     assert found, err
     assert "Traceback" not in err
     assert launched("--processes", "2", overrides=SLOW).returncode == 0

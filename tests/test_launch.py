@@ -182,7 +182,7 @@ def wait_for_step(job: subprocess.Popen[str], step: int) -> None:
         time.sleep(0.01)
 
 
-SLOW = (*QUICK[:2], "train.examples_per_step=20", "train.steps=150", "train.save_every=7")
+SLOW = (*QUICK[:2], "train.examples_per_step=20", "train.steps=60", "train.save_every=7")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def killed(rank: int, after: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_is_killed_and_the_same_command_ends_with_the_same_bits(place: Path, slow: str, rank: int) -> None:
-    killed(rank, after=random.Random(rank).randrange(1, 60))
+    killed(rank, after=random.Random(rank).randrange(1, 25))
     kept = sorted(int(path.name[5:]) for path in (OUTPUT / "checkpoints").glob("step-*"))
     done = launched("--processes", "2", overrides=SLOW)
     assert done.returncode == 0, done.stderr
@@ -226,7 +226,7 @@ def test_processes_are_killed_again_and_again(place: Path, slow: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(OUTPUT)
         for _ in range(draw.choice((1, 1, 2))):  # some are killed again after they went on
-            killed(draw.randrange(2), after=len(_lines()) + draw.randrange(1, 60))
+            killed(draw.randrange(2), after=len(_lines()) + draw.randrange(1, 25))
             trials += 1
         done = launched("--processes", "2", overrides=SLOW)
         assert done.returncode == 0, done.stderr
@@ -238,13 +238,14 @@ def _lines() -> list[bytes]:
     return path.read_bytes().splitlines() if path.exists() else []
 
 
-def test_sigterm_to_the_command_saves_and_ends_with_code_6(place: Path, slow: str) -> None:
+@pytest.mark.parametrize("rank", [None, 1], ids=["the command", "one process of it"])
+def test_sigterm_saves_and_ends_with_code_6(place: Path, slow: str, rank: int | None) -> None:
     with running("--processes", "2", overrides=SLOW) as job:
         wait_for_step(job, 5)
-        job.send_signal(signal.SIGTERM)
+        (job if rank is None else workers(job)[rank]).send_signal(signal.SIGTERM)
         _, err = job.communicate(timeout=100)
     assert job.returncode == 6, err
-    found = re.search(r"stopped on request; step (\d+) of 150 is saved in runs/one", err)
+    found = re.search(r"stopped on request; step (\d+) of 60 is saved in runs/one", err)
     assert found, err
     assert "Traceback" not in err
     assert launched("--processes", "2", overrides=SLOW).returncode == 0

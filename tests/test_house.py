@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "options", "pipeline", "chat", "serve",
-    "endpoint", "openai_api", "session", "answer",
+    "api", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "options", "pipeline",
+    "chat", "serve", "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
     "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "adopt", "draft", "proposal",

@@ -11,12 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune import hardware, schedule
+from finetune import hardware, objectives, schedule
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import out_of_reach
 from finetune.optimizer import RATIO
@@ -24,15 +24,7 @@ from finetune.optimizer import RATIO
 if TYPE_CHECKING:
     from finetune.dataset import Example
     from finetune.model import Policy
-    from finetune.objectives.sft import Batch, StepLoss
-
-
-class Objective(Protocol):
-    """What the loop asks of a file in ``objectives/``."""
-
-    def collate(self, examples: Sequence[Example]) -> Batch: ...
-
-    def loss(self, policy: Policy, batch: Batch) -> StepLoss: ...
+    from finetune.objectives import Batch, Objective, Tallies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +56,7 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """One finished optimizer step. ``step`` counts from 1; ``loss`` is the weighted mean over its supervised tokens."""
+    """One finished optimizer step. ``step`` counts from 1; ``loss`` is the objective's mean over the whole step."""
 
     step: int
     loss: float
@@ -77,6 +69,8 @@ class StepDone:
     waited: float
     """Of ``seconds``, those in which the device had nothing to do: the step's samples were fetched and collated."""
     loss_scale: float | None
+    figures: dict[str, float] = field(default_factory=dict)
+    """What else the objective tells of the step, by name."""
 
 
 class _StepBatches(torch.utils.data.Dataset[Any]):
@@ -90,8 +84,7 @@ class _StepBatches(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         chosen = [self.examples[index] for index in self.course.steps[step]]
-        packs = schedule.pack([len(example.ids) for example in chosen], self.course.micro_batch_tokens)
-        return [self.objective.collate([chosen[i] for i in pack]) for pack in packs]
+        return self.objective.batches(chosen, self.course.micro_batch_tokens)
 
 
 def step_batches(
@@ -135,8 +128,10 @@ def run(
         began = time.perf_counter()
         batches = next(fetched)
         waited = time.perf_counter() - began
+        batches = objective.begin(policy, batches)
         count = sum(batch.count for batch in batches)
         total = 0.0
+        tallies: list[Tallies] = []
         for number, batch in enumerate(batches):
             torch.manual_seed(course.noise_seed(step, number))
             result = objective.loss(policy, batch.to(policy.device))
@@ -144,8 +139,10 @@ def run(
             scaled = result.total / count
             (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
             total += result.total.item()
+            tallies.append(result.tallies)
             on_micro_batch(number + 1, len(batches))
-        yield end_step(policy, course, optimizer, scaler, step, batches, total / count, began, waited)
+        done = end_step(policy, course, optimizer, scaler, step, batches, total / count, began, waited)
+        yield replace(done, figures=objectives.averaged(tallies))
 
 
 def end_step(

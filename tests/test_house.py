@@ -24,12 +24,12 @@ ROAD = [
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
     "comparepage", "compare", "runtable", "runview", "together", "train", "probe", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
-    "gather", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
+    "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
-    "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
-    "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
-    "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "shared_base", "model", "beginning", "loading", "control_tokens", "tokenizer", "store", "samples", "window",
+    "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base",
+    "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from finetune import prepare
 from tests import runs
 
 METHODS = ("dpo", "orpo", "simpo", "kto")
@@ -80,8 +81,22 @@ def test_a_dpo_run_goes_the_whole_road() -> None:
     said = runs.finetune("chat", str(runs.OUTPUT), stdin="What is 3 and 4?\n")
     assert said.code == 0, said.err
     page = (runs.OUTPUT / "report.html").read_text()
-    for words in ("margin of the rewards", "rewards right", "chosen likelier", "rejected"):
+    for words in ("margin of the rewards", "rewards right", "preference accuracy", "reward margin", "rejected"):
         assert words in page
+
+
+@pytest.mark.usefixtures("work")
+def test_the_chosen_text_is_the_better_one() -> None:
+    """From the file to the sample: one row, the better ending first."""
+    prepared = prepare.prepare(Path("r.yaml"), furnish("dpo")[:1])
+    assert prepared.samples is not None
+    renderer = prepare.open_renderer(Path("r.yaml"), ())[1]
+    sample = prepared.samples[3]
+    chosen, rejected = (renderer.tokenizer.decode(half.ids) for half in sample.halves())
+    assert "What is 3 and 4?" in chosen
+    assert chosen.split("assistant")[-1].strip().startswith("7<|im_end|>")
+    assert rejected.split("assistant")[-1].strip().startswith("8 or so<|im_end|>")
+    assert [sum(half.supervised) for half in sample.halves()] == [2, 7]
 
 
 @pytest.mark.usefixtures("work")
@@ -151,6 +166,9 @@ def test_a_run_begins_from_another_one() -> None:
     assert (before["reward_accuracy"], before["reward_margin"]) == (0.5, 0.0)
     first = runs.metrics(Path("runs/whole"))[0]
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-9)
+    assert runs.train(*wanted[:2], "output=runs/fresh", options=("--until", "1")).code == 0
+    fresh = runs.metrics(Path("runs/fresh"))[0]
+    assert abs(first["logps/chosen"] - fresh["logps/chosen"]) > 1  # what was learned is there
     assert runs.train(*wanted, options=("--until", "2")).code == 0
     assert runs.train(*wanted).code == 0
     assert runs.adapter_digest() == runs.adapter_digest(Path("runs/whole"))

@@ -66,8 +66,11 @@ def by_definition(policy: Policy, kind: str, examples: Sequence[Example]) -> tup
 def test_every_cut_gives_the_gradient_of_padded_rows(
     policies: dict[str, Policy], kind: str, precision: str, bound: float
 ) -> None:
-    policy, examples = policies[precision], rows.drawn(kind)
+    policy, examples = policies[precision], rows.drawn(kind, seed=3)
     loss, gradient = by_definition(policy, kind, examples)
+    if kind == "kto":  # else nothing is seen of the zero point
+        objective = rows.make(kind)
+        assert objective.begin(policy, objective.batches(examples, 10_000))[0].zero > 0.01
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
     if kind == "kto":  # whose answer stands under whose prompt goes by the step's order
         order = list(range(len(examples)))
@@ -149,6 +152,16 @@ def test_the_reference_may_be_the_adapter_that_one_begins_with(tiny_base: Path, 
     assert torch.equal(reference_log_probs(policy, batch), began)
     with torch.no_grad():
         assert not torch.allclose(log_probs(policy, batch), began)
+
+
+def test_the_reference_has_no_dropout(tiny_base: Path) -> None:
+    policy = tiny.adapt(tiny.load(tiny_base), lora_dropout=0.5)
+    policy = replace(policy, start=tiny.weights(policy))
+    (batch,) = rows.make("dpo sigmoid").batches(rows.drawn("dpo sigmoid"), 10_000)
+    policy.model.train()
+    assert torch.equal(reference_log_probs(policy, batch), reference_log_probs(policy, batch))
+    with torch.no_grad():
+        assert not torch.equal(log_probs(policy, batch), log_probs(policy, batch))
 
 
 def test_a_fault_inside_puts_the_weights_back(tiny_base: Path) -> None:

@@ -58,6 +58,7 @@ def test_loss_and_gradient_of_a_batch(kind: str, policy: Policy) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # TRL's own
 def test_the_vectors_are_what_trl_says_today() -> None:
     pytest.importorskip("trl", reason="TRL is not installed: what it said once is compared with alone")
     made = rows.script().make()

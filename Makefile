@@ -54,7 +54,7 @@ test-gpu: setup
 
 # Every file operation and random moments of a run: kill, cut off, fill the disk; then the same command goes on.
 test-kill: setup
-	$(RUN)/python -m pytest -q -m long tests/test_kill.py tests/test_ship_kill.py --timeout=7200 -s
+	$(RUN)/python -m pytest -q -m long tests/test_kill.py tests/test_ship_kill.py tests/test_launch.py --timeout=7200 -s
 
 test-recipes: setup
 	$(RUN)/python -m pytest -q -m long tests/recipe --timeout=1800 -s

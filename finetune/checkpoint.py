@@ -27,6 +27,7 @@ ADAPTER, CONFIG, OPTIMIZER, STATE = (
     "optimizer.safetensors",
     "state.json",
 )
+FILES = (ADAPTER, CONFIG, OPTIMIZER, STATE)
 
 
 PROVENANCE = "finetune.json"
@@ -66,14 +67,18 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         if not bool(torch.isfinite(value).all()):
             raise ModelError(f"adapter tensor {name} is not finite after step {checkpoint.step}", str(folder))
     target = folder / folder_name(checkpoint.step)
-    files = {
+    write_folder(target, to_files(checkpoint))
+    return target
+
+
+def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The content of each of its files."""
+    return {
         ADAPTER: tensors_to(checkpoint.weights, {"format": "pt"}),
         CONFIG: json_bytes(checkpoint.config),
         OPTIMIZER: tensors_to(checkpoint.moments),
         STATE: json_bytes({"step": checkpoint.step, "scaler": checkpoint.scaler}),
     }
-    write_folder(target, files)
-    return target
 
 
 def rotate(folder: Path, step: int, keep_last: int) -> None:
@@ -123,12 +128,16 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
 
 def read(path: Path) -> Checkpoint:
-    state = json.loads((path / STATE).read_bytes())
+    return from_files({name: (path / name).read_bytes() for name in FILES})
+
+
+def from_files(files: dict[str, bytes]) -> Checkpoint:
+    state = json.loads(files[STATE])
     return Checkpoint(
         step=state["step"],
-        weights=tensors_from((path / ADAPTER).read_bytes()),
-        config=json.loads((path / CONFIG).read_bytes()),
-        moments=tensors_from((path / OPTIMIZER).read_bytes()),
+        weights=tensors_from(files[ADAPTER]),
+        config=json.loads(files[CONFIG]),
+        moments=tensors_from(files[OPTIMIZER]),
         scaler=state["scaler"],
     )
 

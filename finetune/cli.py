@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune import __version__, datacli, hardware, judgecli, runcli, shipcli, startcli, talkcli
+from finetune import __version__, datacli, hardware, judgecli, runcli, shipcli, startcli, talkcli, traincli
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
 from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
 from finetune.terminal import Terminal, clean
@@ -84,34 +84,11 @@ def plan(
         print_json(made)
 
 
-@app.command()
-def train(
-    recipe: RecipePath,
-    set_: Overrides = None,
-    extend: Annotated[bool, typer.Option("--extend", help="lengthen a run to the recipe's new steps")] = False,
-    until: Annotated[
-        int | None, typer.Option("--until", help="judge after this step and pause there; go on without it", min=1)
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run a recipe, or go on with it where it was interrupted."""
-    check_recipe(recipe, set_)
-    from finetune import pipeline
-
-    screen = terminal(quiet=quiet, as_json=as_json)
-    folders = pipeline.train(recipe, set_ or (), screen, extend=extend, until=until)
-    if as_json:
-        from finetune import scores
-
-        print_json({"runs": [scores.outcome(folder) for folder in folders]})
-
-
 app.add_typer(datacli.app, name="data")
 
 
 app.command(name="eval")(judgecli.eval_)
-for _verb in (*startcli.VERBS, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS, judgecli.predict):
+for _verb in (*startcli.VERBS, traincli.train, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS, judgecli.predict):
     app.command(name=_verb.__name__.rstrip("_"))(_verb)
 
 

@@ -148,7 +148,7 @@ def _by_patterns(names: list[str], wanted: Any) -> dict[str, list[str]]:
     """``wanted``: split → patterns, in any of the forms that ``datasets`` allows. It matches by the same rule; but a
     pattern that leads out of the folder or to another machine finds nothing here."""
     from datasets.data_files import sanitize_patterns
-    from fsspec.utils import glob_translate  # type: ignore[import-untyped]  # it ships no types
+    from fsspec.utils import glob_translate
 
     found = {}
     for split, patterns in sanitize_patterns(wanted).items():

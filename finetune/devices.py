@@ -1,6 +1,6 @@
 """Plan → accelerate: the device, and the trackers. The only file that knows them.
 
-One process and one device for now; a launcher that started several is told so instead of training twice in one folder.
+Of several processes the first one alone has trackers; how they share a step is in ``peers``.
 """
 
 from __future__ import annotations
@@ -55,12 +55,8 @@ def start(tracker: str, folder: Path, run_name: str, config: dict[str, Any], dev
     """Start accelerate and the recipe's tracker.
 
     Raises:
-        EnvironmentFault: several processes were launched, or the tracker's package is missing.
+        EnvironmentFault: the tracker's package is missing.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EnvironmentFault(
-            "several processes were launched, one is supported so far", "WORLD_SIZE", "start `finetune train` alone"
-        )
     refuse_unusable(tracker, f"tracker: {tracker}")
     _place(tracker, folder)
     from accelerate import Accelerator

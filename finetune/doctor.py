@@ -244,7 +244,7 @@ def environment(machine: Hardware) -> Iterator[Finding]:
 
 def _reach(processes: str) -> Iterator[Finding]:
     if processes != "1":
-        yield Finding(what="WORLD_SIZE", said=f"{processes}: several processes were launched, one is supported so far",
+        yield Finding(what="WORLD_SIZE", said=f"{processes}: a launcher's: `finetune train` begins with --world alone",
                       state="fault", fix="start `finetune train` alone")  # fmt: skip
     if access.offline():
         yield Finding(what="hub", said="offline: nothing is fetched", state="note",

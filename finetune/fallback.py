@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune import hardware, loop
-from finetune.errors import EnvironmentFault
+from finetune.errors import EnvironmentFault, ModelError
 
 if TYPE_CHECKING:
     from finetune.loop import Course, StepDone
@@ -84,14 +84,18 @@ def steps(
         setting.apply(policy)
         part = replace(course, micro_batch_tokens=setting.micro_batch_tokens)
         reason = ""
-        events = itertools.islice(loop.run(policy, objective, run.samples, part, optimizer, done, scaler), until - done)
+        course_of = loop.run(policy, objective, run.samples, part, optimizer, done, scaler, peers=run.peers)
+        events = itertools.islice(course_of, until - done)
         try:
             for event in events:
                 done = event.step
                 yield event
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, ModelError) as error:
+            run.peers.tell(error)
+            if isinstance(error, ModelError):
+                raise
             reason = str(error).splitlines()[0] if str(error) else "no more is known"
-        del events
+        del events, course_of
         if reason:  # here, where the error and with it the step's tensors are gone
             optimizer.zero_grad(set_to_none=True)
             hardware.empty_cache()

@@ -22,7 +22,6 @@ MOST = 256
 _LONGEST = 96
 """Characters of a folder's name, as a recipe's `output:` has it."""
 _OWN = {"output": "each run has a folder of its own below it", "adapters": "it would be a sweep of several runs each"}
-_BUDGET = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +58,6 @@ def combinations(path: Path, words: Sequence[str], overrides: Sequence[str]) -> 
         )
         for name, own in found
     ]  # fmt: skip
-
-
-def seconds(text: str) -> float | None:
-    """``2h``, ``1h30m``, ``90m``, ``45s`` as seconds; None for anything else, and for no time at all."""
-    found = _BUDGET.fullmatch(text.strip())
-    parts = [float(part or 0) for part in found.groups()] if found else [0.0]
-    total = sum(part * size for part, size in zip(parts, (3600, 60, 1), strict=False))
-    return total or None
 
 
 def _axes(words: Sequence[str], fixed: set[str]) -> list[tuple[str, list[str]]]:

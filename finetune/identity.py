@@ -16,7 +16,7 @@ from finetune.runfolder import read_json, write_json
 LENGTHS = ("train.steps", "train.epochs")
 _LONGER = (*LENGTHS, "evaluate.early_stopping_patience")
 """What may change where a run is lengthened; ``run`` says whether it is longer by it."""
-_FREE = ("tracker", "output", "train.workers", "adapter.start_from")
+_FREE = ("tracker", "output", "train.workers", "train.copy_to", "adapter.start_from")
 """What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved. What an
 adapter to begin from holds is compared by its digest."""
 
@@ -81,16 +81,21 @@ def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list
     _raise(ModelError, _changed(old.base, new.base))
     _raise(ModelError, _changed(old.start, new.start))
     _raise(RecipeError, _joined(old, new, folder))
-    machine = _differences(old.environment, new.environment)
+    before, now = processes(1) | old.environment, processes(1) | new.environment
     left = [name for name in old.together if name not in new.together]
     alone = f"{folder.name} was trained together with {', '.join(old.together)} and goes on without {', '.join(left)}"
     said = [f"{alone}: its bits will differ from an unbroken run's"] if left else []
     return said + [
-        f"{key} was {old.environment.get(key)} and is {new.environment.get(key)} now: "
+        f"{key} was {before.get(key)} and is {now.get(key)} now: "
         "the run goes on, but its bits will differ from an unbroken one"
-        for key in machine
+        for key in _differences(before, now)
         if key != "threads"
     ]
+
+
+def processes(world: int) -> dict[str, Any]:
+    """How many processes share a step: sums over them round otherwise. A run that says nothing has one."""
+    return {"processes": world}
 
 
 def _joined(old: Identity, new: Identity, folder: Path) -> list[Fault]:

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C as requests: finish the step, save, leave with exit code 6. A second one leaves at once."""
+"""SIGTERM, Ctrl-C and the end of a given time as requests: finish the step, save, leave with exit code 6.
+
+A second signal leaves at once.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from finetune.errors import Interrupted
+from finetune.timelimit import TimeLimit
 
 _MOMENT = 0.05
 """Seconds after which a request that was swallowed is made again."""
@@ -28,6 +32,32 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._deferring = False
+        self._limit: TimeLimit | None = None
+        self._why = "on request"
+
+    def within(self, limit: TimeLimit | None) -> None:
+        """Let the end of this time be a request too. Work that is not deferred is cut when it comes."""
+        self._limit = limit
+        self._set_alarm()
+
+    def step_done(self, seconds: float) -> None:
+        """Between two steps: ask to stop where there is no time for another one like it."""
+        if self._limit and not self._limit.allows(seconds):
+            self._time_is_up()
+
+    def saved(self, seconds: float) -> None:
+        """A save took so long, which is kept back for the last one."""
+        if self._limit:
+            self._limit.saved(seconds)
+            self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        if self._limit and not self.requested:
+            signal.setitimer(signal.ITIMER_REAL, max(_MOMENT, self._limit.left()))
+
+    def _time_is_up(self) -> None:
+        if self._limit and not self.requested:
+            self.requested, self._why = True, self._limit.words
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -36,7 +66,9 @@ class StopRequest:
         if not self._deferring:
             raise KeyboardInterrupt
 
-    def _handle_again(self, number: int, frame: FrameType | None) -> None:
+    def _alarm(self, number: int, frame: FrameType | None) -> None:
+        """The given time is over, or a request was swallowed a moment ago."""
+        self._time_is_up()
         if not self._deferring:
             raise KeyboardInterrupt
 
@@ -47,9 +79,8 @@ class StopRequest:
         else:
             sys.__unraisablehook__(unraisable)
 
-    @staticmethod
-    def interrupted(detail: str = "nothing is lost") -> Interrupted:
-        return Interrupted(f"stopped on request; {detail}", fix="the same command goes on from here")
+    def interrupted(self, detail: str = "nothing is lost") -> Interrupted:
+        return Interrupted(f"stopped {self._why}; {detail}", fix="the same command goes on from here")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -104,7 +135,7 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    handlers = {signal.SIGINT: request._handle, signal.SIGTERM: request._handle, signal.SIGALRM: request._handle_again}
+    handlers = {signal.SIGINT: request._handle, signal.SIGTERM: request._handle, signal.SIGALRM: request._alarm}
     former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     former_hook, sys.unraisablehook = sys.unraisablehook, request._swallowed
     try:

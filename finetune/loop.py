@@ -20,6 +20,7 @@ from finetune import hardware, objectives, schedule
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import out_of_reach
 from finetune.optimizer import RATIO
+from finetune.peers import ALONE, Peers
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
@@ -116,11 +117,15 @@ def run(
     start: int = 0,
     scaler: torch.amp.GradScaler | None = None,
     on_micro_batch: Callable[[int, int], None] = lambda done, of: None,
+    peers: Peers = ALONE,
 ) -> Iterator[StepDone]:
     """Train from step ``start`` to the end of the course, yielding after every optimizer step.
 
+    ``peers``: who computes the step's other micro-batches.
+
     Raises:
         ModelError: a loss, gradient or weight that is not finite, with the rows of the batch.
+        Interrupted: one of the peers is gone.
     """
     policy.model.train()
     fetched = step_batches(examples, course, objective, start)
@@ -130,19 +135,19 @@ def run(
         waited = time.perf_counter() - began
         batches = objective.begin(policy, batches)
         count = sum(batch.count for batch in batches)
-        total = 0.0
-        tallies: list[Tallies] = []
-        for number, batch in enumerate(batches):
+        told: dict[int, tuple[float, Tallies]] = {}
+        for number, batch in peers.share(batches):
             torch.manual_seed(course.noise_seed(step, number))
             result = objective.loss(policy, batch.to(policy.device))
             stop_if_not_finite(result.total, "loss", step, batch.rows)
             scaled = result.total / count
             (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
-            total += result.total.item()
-            tallies.append(result.tallies)
+            told[number] = result.total.item(), result.tallies
             on_micro_batch(number + 1, len(batches))
-        done = end_step(policy, course, optimizer, scaler, step, batches, total / count, began, waited)
-        yield replace(done, figures=objectives.averaged(tallies))
+        told = peers.gather(told, list(policy.trainable().values()))
+        loss = sum(total for total, _ in told.values()) / count
+        done = end_step(policy, course, optimizer, scaler, step, batches, loss, began, waited)
+        yield replace(done, figures=objectives.averaged([tallies for _, tallies in told.values()]))
 
 
 def end_step(

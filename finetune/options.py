@@ -5,6 +5,7 @@ result goes: text for a person on standard output, or with ``--json`` one object
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,24 @@ AsJson = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress; with --json print nothing but the object")]
 
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+
 
 def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
     """Refuse a faulty recipe, of one run or of several, before torch is imported."""
     from finetune import recipe as recipes
 
     recipes.locate_all(recipe, overrides or ())
+
+
+def seconds(text: str, option: str) -> float:
+    """``2h``, ``1h30m``, ``90m``, ``45s`` as seconds; anything else, and no time at all, is a fault of ``option``."""
+    found = _DURATION.fullmatch(text.strip())
+    parts = [float(part or 0) for part in found.groups()] if found else [0.0]
+    total = sum(part * size for part, size in zip(parts, (3600, 60, 1), strict=False))
+    if not total:
+        raise typer.BadParameter("write 2h, 90m or 1h30m", param_hint=option)
+    return total
 
 
 def terminal(*, quiet: bool, as_json: bool = False) -> Terminal:

@@ -6,8 +6,7 @@ is told before they are.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,15 @@ from finetune import prepare, scores, source
 from finetune.dataset import Reader, Source
 from finetune.errors import RecipeError
 from finetune.grid import Combination
+from finetune.jobplace import Place
 from finetune.joint_plan import JointPlan
+from finetune.launch import Order
 from finetune.plan import Plan
 from finetune.prepare import Prepared
-from finetune.report import joint_lines, plan_lines
+from finetune.report import say_plan
 from finetune.runfolder import RunFolder, write_page
-from finetune.terminal import Terminal, duration
+from finetune.terminal import Terminal, reading
+from finetune.timelimit import TimeLimit
 
 _SHOWN_ROWS = 8
 
@@ -48,31 +50,21 @@ def init(data: str, out: Path, name: str | None, card: float | None, terminal: T
     """Look at data and machine, and write a first recipe that plans."""
     from finetune import draft
 
-    return draft.begin(data, out, name, card, terminal, _reading(terminal, "reading"))
+    return draft.begin(data, out, name, card, terminal, reading(terminal, "reading"))
 
 
 def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:
     """Check everything and say what a run would do, here or on a card with ``card`` GB."""
-    return _say_plan(
-        prepare.prepare_all(recipe, overrides, card=card, progress=_reading(terminal, "reading")), terminal
-    )
+    return _say_plan(prepare.prepare_all(recipe, overrides, card=card, progress=reading(terminal, "reading")), terminal)
 
 
 def _say_plan(prepared: Sequence[Prepared], terminal: Terminal) -> Plan | JointPlan:
-    if len(prepared) == 1:
-        made: Plan | JointPlan = prepared[0].plan
-        lines = plan_lines(prepared[0].plan)
-    else:
-        made = JointPlan(plans={one.located.name: one.plan for one in prepared})
-        lines = joint_lines(made)
-    for line in lines:
-        terminal.say(line)
-    return made
+    return say_plan({one.located.name: one.plan for one in prepared}, terminal.say)
 
 
 def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[str, Any]:
     """The plan, then two steps on its heaviest micro-batch: what was predicted, and what came. Writes nothing."""
-    prepared = prepare.prepare(recipe, overrides, progress=_reading(terminal, "reading"))
+    prepared = prepare.prepare(recipe, overrides, progress=reading(terminal, "reading"))
     _say_plan([prepared], terminal)
     from finetune import probe as probing
 
@@ -83,27 +75,30 @@ def probe(recipe: Path, overrides: Sequence[str], terminal: Terminal) -> dict[st
 
 
 def train(
-    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False, until: int | None = None
-) -> list[RunFolder]:
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, *, extend: bool = False, until: int | None = None,
+    limit: TimeLimit | None = None, place: Place | None = None,
+) -> list[RunFolder]:  # fmt: skip
     """The same checks, then the run, or the runs of several adapters: begun, or taken up where they stand.
 
-    ``until``: pause a single run after that step.
+    ``until``: pause a single run after that step. ``limit``: how long all of it may take. ``place``: this
+    process's among those of a job, of which all but the first help and return nothing.
     """
-    show = _reading(terminal, "reading")
-    prepared = prepare.prepare_all(recipe, overrides, progress=show)
-    if prepared[0].base is None:
-        source.bring(prepared[0].recipe.model, prepared[0].recipe.revision, terminal)
-        prepared = prepare.prepare_all(recipe, overrides, progress=show)
-    _say_plan(prepared, terminal)
-    from finetune import together
+    from finetune import follow, peers, together
     from finetune import train as training
 
+    group = peers.join(place)
+    if group.rank:
+        follow.follow(recipe, overrides, group)
+        return []
+    prepared = _prepared(recipe, overrides, terminal, single=group.world > 1)
+    group.barrier()
+
     if len(prepared) == 1:
-        folders = [training.train(prepared[0], terminal, extend=extend, until=until)]
+        folders = [training.train(prepared[0], terminal, extend=extend, until=until, limit=limit, peers=group)]
     else:
         if until is not None:
             raise RecipeError("several adapters are trained to their ends", "--until", "leave it out")
-        folders = together.train(prepared, terminal, extend=extend)
+        folders = together.train(prepared, terminal, extend=extend, limit=limit)
     for folder in folders:
         if len(folders) > 1:
             terminal.say(f"adapter {folder.root.name}")
@@ -113,6 +108,28 @@ def train(
             continue
         terminal.say(f"adapter: {folder.adapter}   curves: {folder.metrics}   answers: {folder.samples}")
     return folders
+
+
+def _prepared(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, single: bool) -> list[Prepared]:
+    """Every check, the base fetched where it is not here, and the plan said. ``single``: of one run alone."""
+    show = reading(terminal, "reading")
+    prepared = prepare.prepare_all(recipe, overrides, progress=show)
+    if prepared[0].base is None:
+        source.bring(prepared[0].recipe.model, prepared[0].recipe.revision, terminal)
+        prepared = prepare.prepare_all(recipe, overrides, progress=show)
+    if single and len(prepared) > 1:
+        what = "several adapters are trained by one process"
+        raise RecipeError(what, "--processes", "train one of them: --set adapters=NAME")
+    _say_plan(prepared, terminal)
+    return prepared
+
+
+def launch(recipe: Path, overrides: Sequence[str], terminal: Terminal, order: Order, limit: TimeLimit | None) -> int:
+    """The same checks, once for all processes; then they are started, and the job's exit code returned."""
+    from finetune import launch as launching
+
+    prepared = _prepared(recipe, overrides, Terminal(silent=True), single=True)
+    return launching.start(order, limit, RunFolder(Path(prepared[0].plan.output)).root, terminal)
 
 
 def sweep(
@@ -140,7 +157,7 @@ def data_check(
     """
     from finetune import datacheck, texts
 
-    show = _reading(terminal, "checking")
+    show = reading(terminal, "checking")
     search = datacheck.Search(personal=texts.presidio() if personal else None)
     if isinstance(source, Path):
         reports = prepare.check_data(source, overrides, show, search)
@@ -152,25 +169,11 @@ def data_check(
     return [report.to_dict() for report in reports]
 
 
-def _reading(terminal: Terminal, verb: str) -> Callable[[str, int, float], None]:
-    """Shows how far the reading of rows is, at what pace, and when it will end."""
-    began: dict[str, float] = {}
-
-    def show(source: str, rows: int, done: float) -> None:
-        spent = time.monotonic() - began.setdefault(source, time.monotonic())
-        if spent < 1:
-            return
-        eta = f"  ETA {duration(spent / done * (1 - done))}" if 0 < done < 1 else ""
-        terminal.status(f"{verb} {source}: {rows:,} rows, {rows / spent:,.0f} rows/s{eta}")
-
-    return show
-
-
 def data_fix(source: Source, out: Path, terminal: Terminal) -> dict[str, Any]:
     """Write a repaired copy of a source, and a log of each change; → where they are, and how many rows had what."""
     from finetune import datacheck, datafix
 
-    counts = datafix.fix(Reader(source, datacheck.CONTROL), out, _reading(terminal, "mending"))
+    counts = datafix.fix(Reader(source, datacheck.CONTROL), out, reading(terminal, "mending"))
     terminal.say(f"{out}: " + ", ".join(f"{count} rows {what}" for what, count in counts.items()))
     terminal.say(f"each change: {out}.log.jsonl")
     return {"out": str(out), "log": f"{out}.log.jsonl", "rows": counts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from finetune import scores
@@ -111,3 +112,11 @@ def summary_lines(folder: Path, seconds: float) -> list[str]:
     lines += [f"{name:<12}{path}" for name, path in places.items()]
     following = (f"chat {folder}", f"dashboard {folder.parent}", "plan recipes/qwen2.5-14b-qlora-24gb.yaml")
     return [*lines, "next:", *(f"  .venv/bin/finetune {command}" for command in following)]
+
+
+def say_plan(plans: Mapping[str, Plan], say: Callable[[str], None]) -> Plan | JointPlan:
+    """Tell the plan of a run, or of several adapters' by name as one; which that is."""
+    made = next(iter(plans.values())) if len(plans) == 1 else JointPlan(plans=dict(plans))
+    for line in plan_lines(made) if isinstance(made, Plan) else joint_lines(made):
+        say(line)
+    return made

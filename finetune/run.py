@@ -14,6 +14,7 @@ from finetune.identity import Identity
 from finetune.loading import BaseForm
 from finetune.loop import Course
 from finetune.model import Policy
+from finetune.peers import ALONE, Peers
 from finetune.prepare import Prepared
 from finetune.runfolder import RunFolder
 from finetune.terminal import ByteBar, Progress, Terminal
@@ -24,17 +25,18 @@ Known = list[tuple[evaluate.HeldOut, evaluate.How, evaluate.Judged]]
 class Run:
     """A run in its folder. ``stored`` is the identity of one that has begun; without it the base is digested.
 
-    ``digests``: of the base's files, where they are known.
+    ``digests``: of the base's files, where they are known. ``peers``: the other processes that work on it.
     """
 
     def __init__(
         self, prepared: Prepared, terminal: Terminal, stored: Identity | None = None,
-        digests: dict[str, str] | None = None,
+        digests: dict[str, str] | None = None, peers: Peers = ALONE,
     ) -> None:  # fmt: skip
         assert prepared.base is not None
         assert prepared.samples is not None
         self.prepared, self.base, self.samples, self.terminal = prepared, prepared.base, prepared.samples, terminal
         self.folder = RunFolder(Path(prepared.plan.output))
+        self.peers = peers
         self.identity = stored or self._identity(digests)
 
     def _identity(self, digests: dict[str, str] | None) -> Identity:
@@ -53,7 +55,7 @@ class Run:
                 "recomputed_layers": chosen.recomputed_layers,
                 "micro_batch_tokens": chosen.micro_batch_tokens,
             },
-            environment=dict(hardware.environment(self.prepared.hardware)),
+            environment={**hardware.environment(self.prepared.hardware), **identity.processes(self.peers.world)},
             together=list(self.prepared.together),
             start=dict(start.digests) if start else {},
         )
@@ -87,7 +89,8 @@ class Run:
     def resolve(self, resolved: dict[str, Any]) -> None:
         """What ``auto`` became has changed: durable from here on."""
         self.identity = replace(self.identity, resolved=resolved)
-        self.identity.write(self.folder.identity)
+        if not self.peers.rank:
+            self.identity.write(self.folder.identity)
 
     def _check_length(self, stored: Identity) -> None:
         """A longer run must begin with the very steps of the shorter one."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune.errors import Fault, FinetuneError
-from finetune.options import AsJson, Overrides, Quiet, RecipePath, print_json, terminal
+from finetune.options import AsJson, Overrides, Quiet, RecipePath, print_json, seconds, terminal
 
 _GO_ON = "see its message above; the same command tries it again"
 
@@ -54,9 +54,7 @@ def sweep(
     """Train every combination of a grid, one after the other, and compare them; the same command goes on."""
     from finetune import grid as grids
 
-    limit = None if budget is None else grids.seconds(budget)
-    if budget is not None and limit is None:
-        raise typer.BadParameter("write 2h, 90m or 1h30m", param_hint="--budget")
+    limit = None if budget is None else seconds(budget, "--budget")
     root, combinations = grids.combinations(recipe, grid, set_ or ())
     from finetune import pipeline
 

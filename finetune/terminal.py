@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -172,3 +172,17 @@ def bar(done: int, of: int) -> str:
     """How much of a whole is done, as a line that fills."""
     full = _BAR * min(done, of) // of if of > 0 else _BAR
     return "━" * full + "─" * (_BAR - full)
+
+
+def reading(terminal: Terminal, verb: str) -> Callable[[str, int, float], None]:
+    """Shows how far the reading of rows is, at what pace, and when it will end."""
+    began: dict[str, float] = {}
+
+    def show(source: str, rows: int, done: float) -> None:
+        spent = time.monotonic() - began.setdefault(source, time.monotonic())
+        if spent < 1:
+            return
+        eta = f"  ETA {duration(spent / done * (1 - done))}" if 0 < done < 1 else ""
+        terminal.status(f"{verb} {source}: {rows:,} rows, {rows / spent:,.0f} rows/s{eta}")
+
+    return show

@@ -8,6 +8,7 @@ killed run goes on from the newest such step, and has the bits of an unbroken on
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from finetune import checkpoint, datasample, devices, ended, hardware, lockstep, metrics, model, runpage, shared_base
+from finetune import state as states
 from finetune import train as training
 from finetune.checkpoint import Checkpoint
 from finetune.devices import Session
@@ -31,6 +33,7 @@ from finetune.run import Known, Run
 from finetune.runfolder import RunFolder, remove, sync_file
 from finetune.runpage import Pages
 from finetune.terminal import ByteBar, Progress, Terminal, size
+from finetune.timelimit import TimeLimit
 
 _ALONE = "go on with each alone: --set adapters=NAME"
 
@@ -80,7 +83,9 @@ class Seated:
         )  # fmt: skip
 
 
-def train(prepared: Sequence[Prepared], terminal: Terminal, *, extend: bool = False) -> list[RunFolder]:
+def train(
+    prepared: Sequence[Prepared], terminal: Terminal, *, extend: bool = False, limit: TimeLimit | None = None
+) -> list[RunFolder]:
     """Run the prepared members of one recipe to their ends, from wherever their folders stand.
 
     Raises: as ``train.train``; EnvironmentFault also where the members do not stand together any more.
@@ -94,7 +99,7 @@ def train(prepared: Sequence[Prepared], terminal: Terminal, *, extend: bool = Fa
         run.folder.refuse_foreign()
     fresh = [run.folder for run in runs if not run.folder.root.exists()]
     try:
-        _train(runs, terminal, root, extend)
+        _train(runs, terminal, root, extend, limit)
     except ModelError:
         for folder in fresh:
             if not folder.checkpoints.exists():  # a base that does not load leaves nothing behind
@@ -103,8 +108,9 @@ def train(prepared: Sequence[Prepared], terminal: Terminal, *, extend: bool = Fa
     return [run.folder for run in runs]
 
 
-def _train(runs: Sequence[Run], terminal: Terminal, root: Path, extend: bool) -> None:
+def _train(runs: Sequence[Run], terminal: Terminal, root: Path, extend: bool, limit: TimeLimit | None) -> None:
     with contextlib.ExitStack() as locks, stop_requests() as stop:
+        stop.within(limit)
         for run in runs:
             locks.enter_context(run.folder.lock())
         for run in runs:
@@ -116,7 +122,7 @@ def _train(runs: Sequence[Run], terminal: Terminal, root: Path, extend: bool) ->
             return
         start = _common_step(students, root)
         for run in runs:
-            training.describe(run)
+            states.describe(run)
         first = runs[0].prepared
         config = {f"{one.name}.{key}": value for one in students for key, value in one.run.identity.recipe.items()}
         session = devices.start(first.recipe.tracker, root, root.name, config, first.plan.device)
@@ -193,7 +199,7 @@ def _seat(student: Student, base: Policy, start: int, session: Session) -> Seate
     saved: Checkpoint | None = checkpoint.read(run.folder.checkpoints / checkpoint.folder_name(own)) if own else None
     policy = training.attach(run, shared_base.view(base))
     optimizer, scaler = training.optimizer_of(run, policy)
-    training.resume(run, policy, optimizer, scaler, saved)
+    states.resume(run, policy, optimizer, scaler, saved)
     named = replace(session, prefix=f"{student.name}/")
     log = StepLog(run.folder.metrics, named, Terminal(quiet=True), student.total, own)
     datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
@@ -219,10 +225,13 @@ def _follow(seated: Sequence[Seated], events: Iterator[dict[str, StepDone]], sta
         for seat in here:
             seat.log.step(done[seat.student.name])
         progress(step, total, _told(done))
+        stop.step_done(next(iter(done.values())).seconds)
         asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
         due = step % run.prepared.recipe.train.save_every == 0 or any(step == seat.student.total for seat in here)
         if due or asked:
+            began = time.monotonic()
             _save(here, step)
+            stop.saved(time.monotonic() - began)
         for seat in here:
             if not asked and seat.run.judges_at(step, seat.student.total):
                 asked = not training.judged(seat.run, seat.policy, stop, f"step {step}")
@@ -236,10 +245,10 @@ def _follow(seated: Sequence[Seated], events: Iterator[dict[str, StepDone]], sta
 
 def _finished(seat: Seated, stop: StopRequest) -> bool:
     """Write and judge a member at its end; False where a request to stop cut that short."""
-    training.write_adapter(seat.run, seat.policy)
+    states.write_adapter(seat.run, seat.policy)
     if not training.judged(seat.run, seat.policy, stop, "after"):
         return False
-    training.finish(seat.run, seat.student.total)
+    states.finish(seat.run, seat.student.total)
     return True
 
 
@@ -248,7 +257,7 @@ def _save(seated: Sequence[Seated], step: int) -> None:
     for seat in seated:
         sync_file(seat.run.folder.metrics)  # also says to the next start that every member has lived this step
     for seat in seated:
-        training.write_checkpoint(seat.run, seat.policy, seat.optimizer, seat.scaler, step)
+        states.write_checkpoint(seat.run, seat.policy, seat.optimizer, seat.scaler, step)
     for seat in seated:
         checkpoint.rotate(seat.run.folder.checkpoints, step, seat.run.prepared.recipe.train.keep_last)
 

@@ -6,77 +6,119 @@ The order of writes makes every moment resumable: identity first, then checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, metrics, model, runpage
+from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, model, runpage, schedule, state
 from finetune import optimizer as optimizers
+from finetune import peers as peers_of_job
 from finetune import scores as score_file
-from finetune.checkpoint import Checkpoint
+from finetune.copies import Copies
 from finetune.devices import Session
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import StopRequest, stop_requests
 from finetune.loop import Course, StepDone
 from finetune.metrics import StepLog
 from finetune.model import Policy
+from finetune.peers import ALONE, STEP, Peers
 from finetune.prepare import Prepared
-from finetune.recipe import yamlfile
 from finetune.run import Run
-from finetune.runfolder import (
-    RunFolder,
-    json_bytes,
-    make_folder,
-    read_json,
-    remove,
-    sync_file,
-    write_atomic,
-    write_json,
-)
+from finetune.runfolder import RunFolder, read_json, remove
 from finetune.runpage import Pages
 from finetune.terminal import ByteBar, Terminal
+from finetune.timelimit import TimeLimit
+
+_EVEN = 0.8
+"""Share of the time at work below which it is said how there is more of it."""
 
 
-def train(prepared: Prepared, terminal: Terminal, *, extend: bool = False, until: int | None = None) -> RunFolder:
+def train(
+    prepared: Prepared, terminal: Terminal, *, extend: bool = False, until: int | None = None,
+    limit: TimeLimit | None = None, peers: Peers = ALONE,
+) -> RunFolder:  # fmt: skip
     """Run a prepared recipe to its end, from wherever its folder stands; ``until``: only to that step of it.
+
+    ``limit``: stop, saved, at the last step that this time has room for. ``peers``: processes that compute a share of
+    each step.
 
     Raises:
         Interrupted: stopped on request; a durable checkpoint is on the disk.
         FinetuneError: as each step says.
     """
-    run = Run(prepared, terminal)
+    run = Run(prepared, terminal, peers=peers)
     run.folder.refuse_foreign()
     fresh = not run.folder.root.exists()
     try:
-        return _train(run, terminal, extend, until)
+        return _train(run, terminal, extend, until, limit)
     except ModelError:
         if fresh and not run.folder.checkpoints.exists():  # a base that does not load leaves nothing behind
             remove(run.folder.root)
         raise
 
 
-def _train(run: Run, terminal: Terminal, extend: bool, until: int | None) -> RunFolder:
+def _train(run: Run, terminal: Terminal, extend: bool, until: int | None, limit: TimeLimit | None) -> RunFolder:
     prepared = run.prepared
-    with run.folder.lock(), stop_requests() as stop:
+    with contextlib.ExitStack() as ends:
+        ends.enter_context(run.folder.lock())
+        stop = ends.enter_context(stop_requests())
+        stop.within(limit)
+        copies = _copies(run, extend)
         run.settle(extend)
         course = run.course()
-        if is_finished(run, course):
+        finished = is_finished(run, course)
+        run.peers.send(b"" if finished else json.dumps(asdict(run.identity)).encode())
+        if copies:
+            ends.enter_context(copies.kept())
+        if finished:
             steps = read_json(run.folder.finished)["steps"]
             terminal.say(f"this run is finished ({steps} steps): nothing to do in {run.folder.root}")
             runpage.keep(run.folder, terminal)  # it may have been killed before its last page
             return run.folder
         with ended.noting(run.folder):
-            describe(run)
+            state.describe(run)
+            if run.peers.world > 1:
+                terminal.say(shared(run, course))
             config, device = dict(run.identity.recipe), prepared.plan.device
             session = devices.start(prepared.recipe.tracker, run.folder.root, run.folder.root.name, config, device)
             try:
-                _steps(run, course, session, stop, until)
+                try:
+                    end = _steps(run, course, session, stop, until, copies)
+                finally:
+                    run.peers.over()  # what comes now is the first one's alone
+                if end:
+                    conclude(run, *end)
             finally:
                 session.finish()
                 runpage.keep(run.folder, terminal)
     return run.folder
+
+
+def _copies(run: Run, extend: bool) -> Copies | None:
+    """Where the recipe has the run copied to; an empty folder gets the newest copy from there."""
+    wanted = run.prepared.recipe.train
+    if wanted.copy_to is None:
+        return None
+    copies = Copies(wanted.copy_to, run.folder, wanted.keep_last, run.terminal)
+    run.folder.clear_leftovers()
+    copies.fetch(run.identity, extend=extend)
+    return copies
+
+
+def shared(run: Run, course: Course) -> str:
+    """How evenly the steps' micro-batches can be dealt out, in words; the first hundred steps are looked at."""
+    lengths, world = run.samples.lengths, run.peers.world
+    work = spent = 0
+    for step in course.steps[:100]:
+        sizes = [int(lengths[index]) for index in step]
+        tokens = [sum(sizes[i] for i in pack) for pack in schedule.pack(sizes, course.micro_batch_tokens)]
+        work += sum(tokens)
+        spent += world * max(sum(tokens[number] for number in numbers) for numbers in peers_of_job.deal(tokens, world))
+    said = f"{world} processes share each step's micro-batches and are at work {work / spent:.0%} of the time"
+    return said if work / spent > _EVEN else f"{said}: set train.micro_batch_tokens lower, or processes"
 
 
 def is_finished(run: Run, course: Course) -> bool:
@@ -90,17 +132,10 @@ def is_finished(run: Run, course: Course) -> bool:
     return finished.get("of", finished.get("steps")) == len(course.steps) and not manifest.faults(run.folder.adapter)
 
 
-def describe(run: Run) -> None:
-    """What is trained, as files: the recipe with every default, the plan, the rows not taken as they stand."""
-    write_atomic(run.folder.recipe, yamlfile.dump(run.prepared.recipe.to_yaml_dict()).encode())
-    write_json(run.folder.plan, run.prepared.plan.to_dict())
-    named = "".join(json.dumps(one.to_dict(), ensure_ascii=False) + "\n" for one in run.prepared.named)
-    if named:
-        write_atomic(run.folder.named_rows, named.encode())
-
-
-def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until: int | None) -> None:
-    """Load, resume, train to the end of the course, then write the adapter and judge it.
+def _steps(
+    run: Run, course: Course, session: Session, stop: StopRequest, until: int | None, copies: Copies | None
+) -> tuple[Policy, int, dict[str, Any] | None] | None:
+    """Load, resume, train to the end of the course; as ``conclude`` takes it, None where it pauses before.
 
     ``until``: judge at that step and pause there. The course stays the whole one, and its bits are an unbroken run's.
     """
@@ -109,7 +144,8 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
     policy = attach(run, model.load_base(run.base, run.form(), ByteBar(terminal, "loading the base").at))
     optimizer, scaler = optimizer_of(run, policy)
-    start = resume(run, policy, optimizer, scaler, saved)
+    start = state.resume(run, policy, optimizer, scaler, saved)
+    state.give(run.peers, saved)
     done, total = start, len(course.steps)
     best.resume(run, start, total)
     datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
@@ -122,23 +158,28 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
     if pause is not None and pause <= start and not stopped:
         terminal.say(f"this run stands at step {start} of {total}: nothing to do until step {pause}")
         ended.note(run.folder, ended.PAUSED, f"at step {start}, as asked")
-        return
+        return None
     events = fallback.steps(run, policy, course, optimizer, start, scaler)
+    keeper = state.Keeper(run, policy, optimizer, scaler, stop, copies)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
-    with stop.deferred():
+    keeper.begin(start)
+    with stop.deferred(), keeper.rescuing():
         while done < total and not stopped:
             event: StepDone = next_step(events, run)
-            done = event.step
+            keeper.done = done = event.step
             log.step(event)
-            asked = stop.requested  # read once: a request that comes later must not pass for one that was saved
+            stop.step_done(event.seconds)
+            asked = (
+                stop.requested or run.peers.asked()
+            )  # read once: a request that comes later must not pass for one that was saved
             due = done % run.prepared.recipe.train.save_every == 0 or done in (total, pause)
             if due or asked:
-                _save(run, policy, optimizer, scaler, done)
+                keeper.save(done)
             if not asked and (run.judges_at(done, total) or done == pause):
                 asked = not judged(run, policy, stop, ended.at_step(done))
                 stopped = None if asked else best.after(run, policy, done, total)
                 if (asked or stopped) and not due:
-                    _save(run, policy, optimizer, scaler, done)
+                    keeper.save(done)
             if not asked and (due or run.judges_at(done, total)):
                 pages.at(done)
             if asked:
@@ -146,8 +187,8 @@ def _steps(run: Run, course: Course, session: Session, stop: StopRequest, until:
             if done == pause and not stopped:
                 ended.note(run.folder, ended.PAUSED, f"at step {done}, as asked")
                 terminal.say(f"paused after step {done} of {total}, as asked; without --until the command goes on")
-                return
-    conclude(run, policy, done, stopped)
+                return None
+    return policy, done, stopped
 
 
 def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None) -> None:
@@ -155,12 +196,12 @@ def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None
     facts, name = best.conclude(run, policy, step, stopped)
     for said in ended.sentences({"steps": step, **facts}):
         run.terminal.say(said)
-    write_adapter(run, policy)
+    state.write_adapter(run, policy)
     if name is None:
         run.judge(policy, ended.AFTER)
     elif ended.AFTER not in score_file.read(run.folder):
         score_file.copy(run.folder, name, ended.AFTER)
-    finish(run, step, facts)
+    state.finish(run, step, facts)
 
 
 def attach(run: Run, base: Policy) -> Policy:
@@ -190,12 +231,6 @@ def optimizer_of(run: Run, policy: Policy) -> tuple[torch.optim.Optimizer, torch
     return made, torch.amp.GradScaler(run.prepared.plan.device) if fp16 else None
 
 
-def finish(run: Run, steps: int, facts: dict[str, Any] | None = None) -> None:
-    """The last file of a run: its adapter is written and judged; ``facts`` as ``ended.end`` tells them."""
-    digest = manifest.digest(run.folder.adapter / checkpoint.ADAPTER)
-    write_json(run.folder.finished, {"steps": steps, "adapter": digest, **(facts or {})})
-
-
 def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:
     """Judge between two steps; False where a request to stop cut it short."""
     try:
@@ -208,6 +243,7 @@ def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:
 
 def next_step(events: Any, run: Run) -> Any:
     """What the loop yields next; a fault in it gets the last good checkpoint's name."""
+    run.peers.say(STEP)
     try:
         return next(events)
     except ModelError as error:
@@ -219,67 +255,3 @@ def next_step(events: Any, run: Run) -> Any:
         raise EnvironmentFault(
             f"out of memory: {str(error).splitlines()[0]}", "this step", "set train.micro_batch_tokens lower"
         ) from None
-
-
-def resume(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, saved: Checkpoint | None) -> int:
-    """Put a checkpoint's state back and cut the metrics to it; returns the number of steps done."""
-    step = 0
-    if saved is not None:
-        model.load_adapter(policy.model, saved.weights, run.folder.checkpoints)
-        checkpoint.restore_optimizer(optimizer, policy.trainable(), saved.moments)
-        if scaler and saved.scaler:
-            scaler.load_state_dict(saved.scaler)
-        step = saved.step
-        run.terminal.say(f"going on after step {step}")
-        checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
-    if saved is None and run.folder.metrics.exists() and run.folder.metrics.stat().st_size:
-        run.terminal.say("there is no checkpoint to go on from: this run begins again at its first step")
-    kept = metrics.cut(run.folder.metrics, step)
-    if kept < step:
-        run.terminal.say(f"{run.folder.metrics} has lost {step - kept} of {step} steps: the curve goes on without them")
-    return step
-
-
-def _save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
-    sync_file(run.folder.metrics)  # a checkpoint promises the lines of its steps, also after power loss
-    write_checkpoint(run, policy, optimizer, scaler, step)
-    checkpoint.rotate(run.folder.checkpoints, step, run.prepared.recipe.train.keep_last)
-
-
-def write_checkpoint(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:
-    """The run's state after ``step`` steps, beside the checkpoints that are there. Its metrics must be flushed."""
-    state = Checkpoint(
-        step=step,
-        weights=model.adapter_weights(policy.model),
-        config=model.adapter_config(policy.model, run.prepared.plan.model),
-        moments=checkpoint.optimizer_tensors(optimizer, policy.trainable()),
-        scaler=scaler.state_dict() if scaler else None,
-    )
-    make_folder(run.folder.checkpoints)
-    checkpoint.write(run.folder.checkpoints, state)
-
-
-def write_adapter(run: Run, policy: Policy) -> None:
-    """The adapter folder, in PEFT's own format, with a manifest; scores of an earlier, shorter end go."""
-    from safetensors.torch import save as tensors_to
-
-    recipe = run.prepared.recipe
-    made = {
-        "base": recipe.model,
-        "commit": run.prepared.commit,
-        "base_sha256": run.identity.base,
-        "rope": recipe.rope,
-        "form": {key: value for key, value in asdict(run.form()).items() if key != "device"},
-    }
-    files = {
-        checkpoint.PROVENANCE: json_bytes(made),
-        checkpoint.ADAPTER: tensors_to(model.adapter_weights(policy.model), {"format": "pt"}),
-        checkpoint.CONFIG: (
-            json.dumps(model.adapter_config(policy.model, run.prepared.plan.model), indent=2) + "\n"
-        ).encode(),
-    }
-    digest = manifest.digest_bytes(files[checkpoint.ADAPTER])
-    former = read_json(run.folder.adapter / manifest.NAME) or {"sha256": {}}
-    if former["sha256"].get(checkpoint.ADAPTER) not in (None, digest):
-        score_file.drop(run.folder, ended.AFTER, "merged")
-    checkpoint.write_folder(run.folder.adapter, files)

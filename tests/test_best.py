@@ -297,6 +297,6 @@ def test_killed_anywhere_it_keeps_the_same_step_and_stops_at_the_same(rig: Rig) 
 
 def test_asked_to_stop_it_goes_on_to_the_same_end(rig: Rig) -> None:
     places = [("choosing", "finetune.evaluate:judge", 4), ("choosing", "finetune.best:_keep", 1),
-              ("choosing", "finetune.train:write_adapter", 1)]  # fmt: skip
+              ("choosing", "finetune.state:write_adapter", 1)]  # fmt: skip
     assert rig.sweep(asked_in, places).faults == []
     assert rig.sweep(asked_to_stop, [Request("choosing", 0.6, 15)]).faults == []

@@ -163,4 +163,4 @@ def test_several_processes_are_refused(work: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = runs.train()
     assert said.code == 5
-    assert "several processes were launched, one is supported so far" in said.err
+    assert "2 processes were launched, and nothing says that they are one job; add --world 2" in said.err

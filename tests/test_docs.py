@@ -91,7 +91,7 @@ def test_tests_mirror_the_package() -> None:
         "ended": "test_runtable", "devices": "test_cli", "session": "test_chat", "pipeline": "test_merge",
         "prepare": "test_plan", "interrupts": "test_run", "scores": "test_run", "model": "test_loop",
         "known_models": "test_base", "errors": "test_cli", "finished": "test_merge_run",
-        "certify": "test_merge_run", "train": "test_run", "records": "test_datacheck",
+        "certify": "test_merge_run", "train": "test_run", "state": "test_run", "records": "test_datacheck",
         "adapter_file": "test_adapter_layout", "metrics": "test_run", "tokenizer": "test_base",
         "layouts": "test_convert", "unpickle": "test_pickles", "headers": "test_base", "fold": "test_merge",
         "whole": "test_trained", "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
@@ -104,7 +104,8 @@ def test_tests_mirror_the_package() -> None:
         "beginning": "objectives/test_training",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",
-        "runcli": "test_compare", "talkcli": "test_chat", "sweepplan": "test_sweep", "judgecli": "test_judgement",
+        "runcli": "test_compare", "talkcli": "test_chat",
+        "traincli": "test_launch", "follow": "test_launch", "sweepplan": "test_sweep", "judgecli": "test_judgement",
         "bare": "test_judgement",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):

@@ -98,12 +98,3 @@ def test_a_faulty_grid_is_told(words: list[str], overrides: tuple[str, ...], sai
     faults = refused(*words, overrides=overrides)
     assert said in faults[0]
     assert len(faults) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("0.5h", 1800), ("", None), ("2", None), ("0m", None),
-     ("-1h", None), ("2h!", None), ("1m1h", None)],
-)  # fmt: skip
-def test_a_budget_is_a_time(text: str, seconds: float | None) -> None:
-    assert grid.seconds(text) == seconds

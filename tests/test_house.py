@@ -14,28 +14,29 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "api", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "options", "pipeline",
-    "chat", "serve", "endpoint", "openai_api", "session", "answer",
+    "api", "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options",
+    "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
     "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "adopt", "draft", "proposal",
     "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
-    "comparepage", "compare", "runtable", "runview", "together", "train", "probe", "fallback", "best", "run",
+    "comparepage", "compare", "runtable", "runview", "launch", "together", "follow", "train", "state",
+    "copies", "probe", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
     "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
-    "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer", "checkpoint",
-    "shared_base", "model", "beginning", "loading", "control_tokens", "tokenizer", "store", "samples", "window",
-    "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base",
-    "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer",
+    "peers", "checkpoint", "shared_base", "model", "beginning", "loading", "control_tokens", "tokenizer", "store",
+    "samples", "window", "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle",
+    "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
     "hftrainer", "dsfile", "foreignparts", "foreign", "shellscript",
     "plot", "webpage", "gguf_file", "answer_schema", "pattern", "endings", "llamacpp", "llamaruntime", "interrupts",
-    "unfinished", "ended",
+    "jobplace", "timelimit", "unfinished", "ended",
     "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",
     "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip

@@ -51,7 +51,7 @@ PLACES = [  # where a request to stop arrives: before the loop, in it, between s
     ("unaligned", "finetune.evaluate:judge", 3),
     ("packing", "finetune.loop:_update", 12),
     ("packing", "finetune.evaluate:judge", 4),
-    ("packing", "finetune.train:write_adapter", 1),
+    ("packing", "finetune.state:write_adapter", 1),
 ]
 CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune import terminal, verify
+from finetune import options, terminal, verify
 from tests.runs import OUTPUT, finetune
 from tests.test_release import KNOWN, OUT, licensed, release
 
@@ -82,3 +82,18 @@ def test_verify_shows_how_far_it_is(finished: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(terminal, "_WORTH_A_BAR", 0)
     assert "verifying, MB" in finetune("verify", str(OUT)).out
     assert "verifying, MB" not in finetune("verify", str(OUT), "--quiet").out
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("0.5h", 1800), (" 1m ", 60)]
+)
+def test_a_time_is_read(text: str, seconds: float) -> None:
+    assert options.seconds(text, "--budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "0m", "-1h", "2h!", "1m1h"])
+def test_what_is_no_time_is_told(text: str) -> None:
+    said = finetune("train", "r.yaml", "--max-time", text)
+    assert said.code == 2
+    assert "--max-time" in said.err
+    assert "write 2h, 90m or 1h30m" in said.err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from finetune import checkpoint, interrupts, lockstep, prepare
+from finetune import checkpoint, interrupts, lockstep, prepare, state
 from finetune import train as training
 from tests import runs, tiny
 
@@ -132,10 +132,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
         (checkpoint, "write", 4, 2),  # between the saves at the end of the shorter one
         (checkpoint, "write", 5, 3),
         (checkpoint, "rotate", 4, 3),  # all are saved, one has lost its older checkpoints
-        (training, "write_adapter", 1, 3),
-        (training, "finish", 1, 3),  # the shorter one is written and judged, not finished
+        (state, "write_adapter", 1, 3),
+        (state, "finish", 1, 3),  # the shorter one is written and judged, not finished
         (lockstep.loop, "end_step", 9, 4),  # long after it
-        (training, "finish", 2, 6),
+        (state, "finish", 2, 6),
     ],
 )
 def test_killed_and_given_again_it_ends_with_the_same_bits(

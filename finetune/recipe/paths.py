@@ -13,6 +13,8 @@ from finetune.recipe.words import Finding, did_you_mean, near_path, nearest, sho
 from finetune.recipe.yamlfile import KeyPath
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z][A-Za-z0-9+.-]*:/?/?[^/\\]*@")
+_PLACE = re.compile(r"[a-z][a-z0-9+.-]*://(?!.*::)\S.*")
+_SECRET = re.compile(r"[^:]*://[^/@]*:[^/@]*@|.*\?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt", ".yaml", ".yml")
 _PART_CHARACTERS = 96
@@ -37,8 +39,26 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
             yield from _rows(("data", "sources", index, "path"), path)
             yield from _same_file(path, paths.get("eval_path"))
     yield from _same_file(paths.get("train_path"), paths.get("eval_path"))
+    train = tree.get("train")
+    if isinstance(train, dict) and isinstance(url := train.get("copy_to"), str):
+        yield from _copy_to(url, several=tree.get("adapters") is not None)
     if isinstance(output := tree.get("output"), str):
         yield from _output(output)
+
+
+def _copy_to(url: str, *, several: bool) -> Iterator[Finding]:
+    at: KeyPath = ("train", "copy_to")
+    if any(_control(url)):
+        yield Finding(at, f"holds a control character: {shown(url)}", "remove it")
+    elif not _PLACE.fullmatch(url):
+        yield Finding(
+            at, f"{shown(url)} is not the URL of a folder", "write it as s3://bucket/runs or file:///mnt/runs"
+        )
+    elif _SECRET.match(url):
+        what = "holds a password or a signature, which every copy of the recipe would carry along"
+        yield Finding(at, what, "take it out: the environment's own variables (AWS_…, GOOGLE_…, AZURE_…) are used")
+    elif several:
+        yield Finding(at, "is for single runs", "remove it, or train the adapters one by one")
 
 
 def _model(name: str) -> Iterator[Finding]:

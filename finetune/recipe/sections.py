@@ -195,6 +195,11 @@ class Train(Section):
     keep_last: Annotated[int, Field(ge=1, le=100_000)] = Field(
         default=2, description="checkpoints kept; older ones are removed"
     )
+    copy_to: str | None = Field(
+        default=None,
+        description="URL of a folder elsewhere (s3://…, gs://…, file:///…) to which each checkpoint is copied, and "
+        "from which a run goes on where its own folder is empty",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="seed of data order, adapter start and dropout"
     )

@@ -93,8 +93,8 @@ def test_list_of_keys_is_frozen() -> None:
     )
     train = (
         "steps epochs examples_per_step tokens_per_step learning_rate schedule warmup optimizer lora_plus_ratio "
-        "weight_decay max_grad_norm max_length micro_batch_tokens recompute kernels compile save_every keep_last seed "
-        "workers"
+        "weight_decay max_grad_norm max_length micro_batch_tokens recompute kernels compile save_every keep_last "
+        "copy_to seed workers"
     )
     expected: dict[str, str | None] = {
         "extends": None,

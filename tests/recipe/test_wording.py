@@ -367,6 +367,22 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
     "output long": (swap("runs/tiny", f"runs/{'a' * 97}"), "r.yaml:23:1: output", "usable folder name"),
     "output here": (swap("runs/tiny", "."), "r.yaml:23:1: output", "folder of its own"),
     "output root": (swap("runs/tiny", "/"), "r.yaml:23:1: output", "folder of its own"),
+    "copy to a folder": (swap("  seed: 7", "  copy_to: runs/copies"), "r.yaml:19:3: train.copy_to", "s3://bucket/runs"),
+    "copy with a password": (
+        swap("  seed: 7", "  copy_to: sftp://me:geheim@host/runs"),
+        "r.yaml:19:3: train.copy_to",
+        "password",
+    ),
+    "copy with a signature": (
+        swap("  seed: 7", "  copy_to: https://host/runs?sig=abc"),
+        "r.yaml:19:3: train.copy_to",
+        "a signature",
+    ),
+    "copy through a cache": (
+        swap("  seed: 7", "  copy_to: simplecache::s3://bucket/runs"),
+        "r.yaml:19:3: train.copy_to",
+        "not the URL of a folder",
+    ),
     "model unknown": (swap("Qwen/Qwen2.5-14B", "Qwen/Qwen2.5-14"), "r.yaml:1:1: model", "mean 'Qwen/Qwen2.5-14B'?"),
     "model is a file": (swap("Qwen/Qwen2.5-14B", "train.jsonl"), "r.yaml:1:1: model", "neither a folder"),
     "model empty": (swap("Qwen/Qwen2.5-14B", "''"), "r.yaml:1:1: model", "neither a folder"),

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test coverage setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks pictures clean
+.PHONY: quickstart test coverage setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks site pictures clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -62,6 +62,11 @@ test-recipes: setup
 # Qwen-14B's true widths in the original format, random numbers: at its whole depth on a card, at depth 2 elsewhere.
 rehearsal-14b: setup
 	$(RUN)/python benchmarks/rehearsal_14b.py all runs/rehearsal-14b
+
+# The documentation as a site, API page included, every link checked: runs/site/index.html.
+site: setup
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c requirements.lock
+	$(RUN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 # Executes the notebooks and writes their .ipynb with fresh outputs.
 notebooks: setup

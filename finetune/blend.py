@@ -265,7 +265,9 @@ def _loss(policy: Policy, adapter: Path, judged: Sequence[_Opened], what: str) -
         assert each.run.prepared.held_out is not None
         how = replace(each.run.how(), metrics=("loss",))
         bar = Progress(each.run.terminal, f"judging {each.name}, {what}")
-        done = evaluate.judge(adapted, each.run.prepared.held_out, how, progress=functools.partial(_show, bar))
+        done = evaluate.judge(
+            adapted, each.run.prepared.held_out, how, progress=functools.partial(_show, bar), origin=each.run.origin()
+        )
         found.append(float(done.scores["loss"]))
     adapted.model.unload()
     if not all(map(math.isfinite, found)):

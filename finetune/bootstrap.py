@@ -64,7 +64,7 @@ class Paired:
         return asdict(self) | {"answer": self.answer}
 
 
-def wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, rows: int, z: float = 1.959964) -> tuple[float, float]:
     """The score interval of a share of rows (Wilson 1927): sound at 0 and 1, where the normal one is not."""
     share = right / rows
     middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)

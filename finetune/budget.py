@@ -199,7 +199,8 @@ class Need:
         trained = [one for one in self.tensors if optimizer.is_trained(kind, one.role)]
         return Budget(
             weights=weight_bytes(quantize.weights, quantize.double, self.compute, self.shape, self.hardware.device),
-            adapter=4 * sum(one.parameters for one in self.tensors),
+            # What a run began from stays known beside what it becomes.
+            adapter=(8 if self.recipe.adapter.start_from else 4) * sum(one.parameters for one in self.tensors),
             gradients=4 * sum(one.parameters for one in trained),
             optimizer=optimizer.state_bytes(kind, self.tensors),
             activations=0, head=0, generation=_generation_bytes(self), overhead=0,

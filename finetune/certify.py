@@ -236,7 +236,7 @@ def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, term
     def show(what: str, done: int, of: int) -> None:
         bars.setdefault(what, Progress(terminal, f"judging merged: {what}"))(done, of)
 
-    judged = evaluate.judge(policy, held_out, given.run.how(), progress=show)
+    judged = evaluate.judge(policy, held_out, given.run.how(), progress=show, origin=given.run.origin())
     stored = scores.record(given.run.folder, "merged", judged, held_out)
     runpage.keep(given.run.folder, terminal)
     for line in scores.table(stored):

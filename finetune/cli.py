@@ -210,8 +210,7 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """The ``finetune`` command. SIGTERM is Ctrl-C from the first moment on, also before training listens for it."""
-    for name, value in hardware.LIBRARIES.items():
-        os.environ.setdefault(name, value)
+    hardware.set_libraries()
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune import dataset, similar, texts, window
+from finetune import dataset, similar, texts
 from finetune.conversation import Conversation, RowFault, strings
 from finetune.dataset import Read, Reader
 from finetune.errors import DataError
@@ -196,8 +196,8 @@ def _until_unreadable(reader: Reader, report: Report) -> Iterator[Read]:
 
 def _unfit(conversation: Conversation, where: str, fitting: Window) -> Iterator[tuple[RowFault, str]]:
     """What only the model's own tokenizer and template can tell, and the recipe's objective."""
-    if conversation.ranked:
-        yield window.ranked(), "error"
+    if (fault := fitting.refusal(conversation)) is not None:
+        yield fault, "error"
     for turns in conversation.endings():
         row = dataset.Row(conversation=replace(conversation, turns=turns, rejected=()), where=where)
         try:

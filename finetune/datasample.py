@@ -13,6 +13,7 @@ from finetune import datashow
 from finetune.runfolder import RunFolder, json_bytes, write_atomic
 
 if TYPE_CHECKING:
+    from finetune.dataset import Example
     from finetune.evaluate import HeldOut
     from finetune.renderer import Renderer
     from finetune.samples import Samples
@@ -52,7 +53,9 @@ def describe(samples: Samples, held_out: HeldOut | None, renderer: Renderer) -> 
         "sources": sources,
         "lengths": _histogram([int(one) for one in lengths]),
         "held_out": held_out.rows if held_out else 0,
-        "shown": [_tokens(samples, index, renderer) for index in range(min(_SHOWN, len(samples)))],
+        "shown": [
+            _tokens(half, renderer) for index in range(min(_SHOWN, len(samples))) for half in samples[index].halves()
+        ],
         "asked": _asked(held_out, renderer),
     }
 
@@ -70,8 +73,8 @@ def _histogram(lengths: list[int]) -> list[dict[str, int]]:
     ]
 
 
-def _tokens(samples: Samples, index: int, renderer: Renderer) -> dict[str, Any]:
-    one = datashow.shown(samples[index], (), renderer)
+def _tokens(sample: Example, renderer: Renderer) -> dict[str, Any]:
+    one = datashow.shown(sample, (), renderer)
     pieces = [
         {"text": piece.text, "ids": list(piece.ids), "kind": piece.kind, "weight": piece.weight}
         for piece in one.pieces[:_TOKENS]

@@ -24,13 +24,23 @@ _MOST_FAULTS = 50
 class Example:
     """One training sample: token ids, each one's weight in the loss (0: context), and its place (``file:row``).
 
-    ``apart``: its text in one piece would have other ids.
+    ``apart``: its text in one piece would have other ids. ``half``: of a preference pair, how many tokens its chosen
+    text has; the rejected one stands behind it, prompt and all. ``label``: whether a judged answer is wanted.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     where: str
     apart: bool = False
+    half: int = 0
+    label: bool | None = None
+
+    def halves(self) -> tuple[Example, ...]:
+        """The chosen and the rejected text of a pair as samples of their own; any other sample as it is."""
+        if not self.half:
+            return (self,)
+        parts = slice(None, self.half), slice(self.half, None)
+        return tuple(replace(self, ids=self.ids[part], weights=self.weights[part], half=0) for part in parts)
 
     @property
     def supervised(self) -> tuple[bool, ...]:

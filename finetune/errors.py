@@ -68,5 +68,7 @@ class EnvironmentFault(FinetuneError):  # noqa: N818 — EnvironmentError is a b
 
 
 class Interrupted(FinetuneError):  # noqa: N818 — an event, as KeyboardInterrupt is
+    """Stopped on request with nothing lost; the same command, or call, goes on."""
+
     exit_code = 6
     label = "interrupted"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune import evals, generation
-from finetune.evals import loss, multiple_choice
+from finetune.evals import loss, multiple_choice, preference
 
 if TYPE_CHECKING:
     from finetune.dataset import Example, Question
@@ -41,6 +41,8 @@ class How:
     batch_rows: int
     micro_batch_tokens: int
     asked: Mapping[str, Any] = field(default_factory=dict)
+    objective: Any = None
+    """The run's, where its loss is not that of the answers' tokens: as ``objectives.Ranking``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +54,31 @@ class Judged:
     answers: list[str]
     losses: list[float] = field(default_factory=list)
     verdicts: dict[str, list[float]] = field(default_factory=dict)
+    log_probs: list[float] = field(default_factory=list)
+    """Of both texts of each row that judges answers."""
+    measured: str = ""
+    """What the losses are of, where that is not cross-entropy."""
 
 
 def judge(
-    policy: Policy, held_out: HeldOut, how: How, *, adapter: bool = True, progress: Callable[[str, int, int], None]
-) -> Judged:
-    """Evaluate the policy, or with ``adapter=False`` its bare base. ``progress`` gets (what, done, of)."""
+    policy: Policy, held_out: HeldOut, how: How, *, adapter: bool = True, progress: Callable[[str, int, int], None],
+    origin: Sequence[float] | None = None,
+) -> Judged:  # fmt: skip
+    """Evaluate the policy, or with ``adapter=False`` the model as its run found it. ``progress`` gets (what, done, of).
+
+    ``origin``: the reference's log-probabilities of the rows' texts, where they are known.
+    """
     scores: dict[str, Any] = {"rows": held_out.rows}
     given: list[str] = []
     losses: list[list[float]] = []
     verdicts: dict[str, list[float]] = {}
     questions = held_out.questions
+    log_probs: list[float] = []
     with policy.evaluating(adapter=adapter):
-        if "loss" in how.metrics:
+        if "loss" in how.metrics and how.objective is not None:
+            losses, log_probs, found = _ranked(policy, held_out, how, adapter, progress, origin)
+            scores |= found
+        elif "loss" in how.metrics:
             tick = _counter("loss", len(held_out.examples), progress)
             losses = loss.by_token(policy, held_out.examples, how.micro_batch_tokens, tick)
             scores |= loss.score(held_out.examples, losses, held_out.roles)
@@ -79,7 +93,28 @@ def judge(
         rows, found = evals.get(metric).judge(questions, given, how.asked.get(metric))
         scores |= found
         verdicts |= {metric: rows} if rows else {}
-    return Judged(scores=scores, answers=given, losses=[math.fsum(one) for one in losses], verdicts=verdicts)
+    measured = repr(how.objective) if how.objective is not None else ""
+    return Judged(
+        scores=scores, answers=given, losses=[math.fsum(one) for one in losses], verdicts=verdicts,
+        log_probs=log_probs, measured=measured,
+    )  # fmt: skip
+
+
+def _ranked(
+    policy: Policy, held_out: HeldOut, how: How, adapter: bool, progress: Callable[[str, int, int], None],
+    origin: Sequence[float] | None,
+) -> tuple[list[list[float]], list[float], dict[str, Any]]:  # fmt: skip
+    """(losses, log-probabilities, scores) of rows that judge answers. A merged model has no reference of its own."""
+    texts = how.objective.texts(held_out.examples)
+    found = preference.log_probs(policy, texts, how.micro_batch_tokens, _counter("preferences", len(texts), progress))
+    if origin is None and not adapter:
+        origin = found
+    elif origin is None and policy.adapted:
+        tick = _counter("reference", len(texts), progress)
+        with policy.evaluating(adapter=False):
+            origin = preference.log_probs(policy, texts, how.micro_batch_tokens, tick)
+    losses, scores = preference.score(how.objective, held_out.examples, found, origin)
+    return [[one] for one in losses], found, scores
 
 
 def _counter(what: str, of: int, progress: Callable[[str, int, int], None]) -> Callable[[int], None]:

@@ -16,7 +16,6 @@ import torch
 
 from finetune import hardware, loop
 from finetune.errors import EnvironmentFault, ModelError
-from finetune.objectives import sft
 
 if TYPE_CHECKING:
     from finetune.loop import Course, StepDone
@@ -79,13 +78,13 @@ def steps(
         EnvironmentFault: out of memory with nothing left to give up.
         ModelError: as ``loop.run``.
     """
-    done = start
+    done, objective = start, run.prepared.objective
     while done < len(course.steps):
         setting, until = at(run.identity.resolved, done, len(course.steps))
         setting.apply(policy)
         part = replace(course, micro_batch_tokens=setting.micro_batch_tokens)
         reason = ""
-        course_of = loop.run(policy, sft, run.samples, part, optimizer, done, scaler, peers=run.peers)
+        course_of = loop.run(policy, objective, run.samples, part, optimizer, done, scaler, peers=run.peers)
         events = itertools.islice(course_of, until - done)
         try:
             for event in events:
@@ -105,7 +104,7 @@ def steps(
 
 def _give_way(run: Run, setting: Setting, step: int, reason: str) -> None:
     """Write the next lighter setting, which holds from ``step`` (counted from 1) on."""
-    lighter = setting.lighter(run.base.shape.layers, run.prepared.recipe.train.max_length)
+    lighter = setting.lighter(run.base.shape.layers, run.prepared.recipe.unit_tokens)
     if lighter is None:
         raise EnvironmentFault(f"out of memory: {reason}", f"step {step}", "lower train.max_length, or adapter.r")
     former = [one for one in run.identity.resolved.get(KEY, ()) if one["step"] < step]

@@ -69,7 +69,7 @@ def _most_tokens(fits: Callable[[int], bool]) -> int:
 def _micro(recipe: Recipe, hardware: Hardware, fitting: int, step: int | None) -> int:
     if recipe.train.micro_batch_tokens != "auto":
         return recipe.train.micro_batch_tokens
-    longest = recipe.train.max_length
+    longest = recipe.unit_tokens
     return max(longest, min(_MOST_TOKENS[hardware.device], fitting, max(step or fitting, longest)))
 
 

@@ -60,7 +60,10 @@ def reader(recipe: Recipe, source: Source, renderer: Renderer) -> Reader:
 
 
 def window_of(recipe: Recipe, renderer: Renderer) -> Window:
-    return Window(renderer=renderer, max_length=recipe.train.max_length, policy=recipe.data.over_length)
+    return Window(
+        renderer=renderer, max_length=recipe.train.max_length, policy=recipe.data.over_length,
+        rows=recipe.objective.rows,
+    )  # fmt: skip
 
 
 def gather(recipe: Recipe, renderer: Renderer, progress: dataset.Progress = dataset.silent) -> Gathered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -20,10 +21,16 @@ LIBRARIES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
 }
-"""Environment variables that torch's libraries read when they load; the command sets those that are not set."""
+"""Environment variables that torch's libraries read when they load; ``set_libraries`` sets those that are not set."""
 CONTEXT = 0.9e9
 """Bytes of a card that a process takes before it holds anything: context and allocator's slack (not measured)."""
 _MATRIX_FLAGS = ("avx512_bf16", "amx_bf16", "avx512f", "avx2")
+
+
+def set_libraries() -> None:
+    """Set what of ``LIBRARIES`` nobody has set; of use before torch computes for the first time."""
+    for name, value in LIBRARIES.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

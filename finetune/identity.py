@@ -16,8 +16,9 @@ from finetune.runfolder import read_json, write_json
 LENGTHS = ("train.steps", "train.epochs")
 _LONGER = (*LENGTHS, "evaluate.early_stopping_patience")
 """What may change where a run is lengthened; ``run`` says whether it is longer by it."""
-_FREE = ("tracker", "output", "train.workers", "train.copy_to")
-"""What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved."""
+_FREE = ("tracker", "output", "train.workers", "train.copy_to", "adapter.start_from")
+"""What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved. What an
+adapter to begin from holds is compared by its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Identity:
     """``recipe``: flat keys and values. ``data``, ``base``: file → sha-256. ``resolved``: what ``auto`` became.
 
     ``together``: the other adapters whose rows went through the same passes. A product over more rows may round
-    otherwise, so that bits hang on it.
+    otherwise, so that bits hang on it. ``start``: the digest of the adapter that the run began from.
     """
 
     recipe: dict[str, Any]
@@ -34,6 +35,7 @@ class Identity:
     resolved: dict[str, Any]
     environment: dict[str, Any]
     together: list[str] = field(default_factory=list)
+    start: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -77,6 +79,7 @@ def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list
     _raise(RecipeError, faults)
     _raise(DataError, _changed(old.data, new.data))
     _raise(ModelError, _changed(old.base, new.base))
+    _raise(ModelError, _changed(old.start, new.start))
     _raise(RecipeError, _joined(old, new, folder))
     before, now = processes(1) | old.environment, processes(1) | new.environment
     left = [name for name in old.together if name not in new.together]

@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -128,8 +129,12 @@ def end_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Listen while inside; afterwards the former handlers are back."""
+    """Listen while inside; afterwards the former handlers are back. Signals reach the main thread alone: in another
+    one nothing is listened for."""
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     handlers = {signal.SIGINT: request._handle, signal.SIGTERM: request._handle, signal.SIGALRM: request._alarm}
     former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     former_hook, sys.unraisablehook = sys.unraisablehook, request._swallowed

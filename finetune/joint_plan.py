@@ -69,6 +69,9 @@ def refuse_unroutable(runs: Sequence[Located]) -> None:
             if used:
                 what = f"several adapters are trained to their ends, and their last steps kept (adapter {run.name})"
                 faults.append(Fault(what, run.where(f"evaluate.{key}"), f"remove it, {_ALONE}"))
+    if (method := runs[0].recipe.objective.method) != "sft":
+        what = f"several adapters in one pass are trained by sft alone, not by {method}"
+        faults.append(Fault(what, runs[0].where("objective.method"), f"remove it, {_ALONE}"))
     if faults:
         raise RecipeError.of(faults)
 

@@ -79,6 +79,8 @@ class Bench:
     tasks: harness.Tasks | None
     fresh: bool
     terminal: Terminal
+    origin: Sequence[float] | None = None
+    """The reference's log-probabilities of the rows, where the run knows them."""
     known: list[str] = field(default_factory=list)
     _held: tuple[Callable[[], Policy], Policy] | None = None
 
@@ -124,7 +126,9 @@ class Bench:
             bars.setdefault(what, Progress(self.terminal, f"judging {subject.name}: {what}"))(done, of)
 
         policy = self._policy(subject)
-        return evaluate.judge(policy, self.held_out, self.how, adapter=subject.adapter, progress=show).scores
+        return evaluate.judge(
+            policy, self.held_out, self.how, adapter=subject.adapter, progress=show, origin=self.origin
+        ).scores
 
     def _ask(self, subject: Subject) -> dict[str, Any]:
         assert self.tasks is not None
@@ -142,12 +146,12 @@ def judge(folder: Path, asked: Asked, terminal: Terminal) -> dict[str, Any]:
     """
     place = bare.find(folder)
     tasks = harness.Tasks(asked.tasks, asked.task_path, chat=asked.chat) if asked.tasks else None
-    held_out, how, subjects, files = (
-        _of_run(folder, asked, terminal) if place is None else _of_model(place, asked, terminal)
+    held_out, how, subjects, files, origin = (
+        _of_run(folder, asked, terminal) if place is None else (*_of_model(place, asked, terminal), None)
     )
     if held_out is None and tasks is None:
         raise DataError("there are no rows to judge on", str(folder), "name a file with --data, or tasks with --tasks")
-    bench = Bench(held_out=held_out, how=how, tasks=tasks, fresh=asked.fresh, terminal=terminal)
+    bench = Bench(held_out=held_out, how=how, tasks=tasks, fresh=asked.fresh, terminal=terminal, origin=origin)
     found = bench.measure(subjects)
     result = {
         "run" if place is None else "model": str(folder),
@@ -168,8 +172,8 @@ def judge(folder: Path, asked: Asked, terminal: Terminal) -> dict[str, Any]:
 Opened = tuple[HeldOut | None, How | None, list[Subject], RunFolder | None]
 
 
-def _of_run(folder: Path, asked: Asked, terminal: Terminal) -> Opened:
-    """A run's base and adapter, and a merge of it where one stands."""
+def _of_run(folder: Path, asked: Asked, terminal: Terminal) -> tuple[*Opened, Sequence[float] | None]:
+    """A run's base and adapter, and a merge of it where one stands; what its reference says of the rows."""
     overrides = list(asked.overrides)
     if asked.data is not None:
         overrides += [f"data.eval_path={json.dumps(str(asked.data))}", "data.eval_fraction=null", "evaluate.rows=null"]
@@ -182,6 +186,7 @@ def _of_run(folder: Path, asked: Asked, terminal: Terminal) -> Opened:
         return finished.policy(this)
 
     identity = {"base": this.identity.base, "form": asdict(this.form()), "rope": prepared.recipe.rope}
+    identity |= {"start": this.identity.start} if this.identity.start else {}
     subjects = [
         Subject(name="base", identity=identity, load=load, adapter=False),
         Subject(name="adapter", identity=identity | {"adapter": digest}, load=load),
@@ -192,7 +197,11 @@ def _of_run(folder: Path, asked: Asked, terminal: Terminal) -> Opened:
             weights=this.form().compute, double=False, compute=this.form().compute, device=this.form().device
         )
         subjects += _merged(merged, form, digest, asked.merged is not None, terminal)
-    return prepared.held_out, this.how(), subjects, files
+    origin = this.origin()
+    if origin is None and this.identity.start and this.how().objective is not None:
+        what = "the adapter that this run began from is its reference, and of these rows that said nothing"
+        raise ModelError(what, str(folder), "judge it on its own rows")
+    return prepared.held_out, this.how(), subjects, files, origin
 
 
 def _merged(folder: Path, form: BaseForm, adapter: str, named: bool, terminal: Terminal) -> list[Subject]:
@@ -243,7 +252,7 @@ def _of_model(folder: Path, asked: Asked, terminal: Terminal) -> Opened:
 def _rows(held_out: HeldOut) -> list[Any]:
     """All that the rows are to a model."""
     return [
-        [[one.ids, one.weights, one.where] for one in held_out.examples], held_out.roles,
+        [[one.ids, one.weights, one.where, one.half, one.label] for one in held_out.examples], held_out.roles,
         [[one.prompt, one.answer, one.asked, [[o.ids, o.weights] for o in one.options], one.right]
          for one in held_out.questions],
     ]  # fmt: skip
@@ -255,7 +264,11 @@ def _settings(how: How | None) -> dict[str, Any]:
     command = how.asked.get("command")
     words = [how.asked.get("json_schema"), *(command[0] if command else ())]
     paths = [Path(place) for word in words if word and (place := shutil.which(word) or word)]
-    return asdict(how) | {"files": {str(path): manifest.digest(path) for path in paths if path.is_file()}}
+    return (
+        asdict(how)
+        | {"objective": repr(how.objective)}
+        | {"files": {str(path): manifest.digest(path) for path in paths if path.is_file()}}
+    )
 
 
 def _digest(value: Any) -> str:

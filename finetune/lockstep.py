@@ -17,13 +17,13 @@ import torch
 
 from finetune import loop
 from finetune.errors import ModelError
-from finetune.loop import Course, Objective, StepDone
+from finetune.loop import Course, StepDone
 from finetune.model import Policy
 from finetune.shared_base import Joint
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
-    from finetune.objectives.sft import Batch
+    from finetune.objectives import Batch, Objective
 
 
 @dataclass(frozen=True, kw_only=True)

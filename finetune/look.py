@@ -59,7 +59,8 @@ def _row(read: Read, fitting: Window) -> list[Shown]:
     made = []
     for index, turns in enumerate(read.found.endings()):
         conversation = replace(read.found, turns=turns, rejected=())
-        made += _sides(conversation, read.where, fitting, "rejected" if index else "")
+        side = "rejected" if index else "chosen" if read.found.rejected else ""
+        made += _sides(conversation, read.where, fitting, side)
     return made
 
 
@@ -96,15 +97,17 @@ def step(path: Path, overrides: Sequence[str], number: int) -> list[Shown]:
     chosen = [samples[index] for index in steps[number - 1]]
     packs = schedule.pack([len(example.ids) for example in chosen], limit)
     turns = _turns(prepared.recipe, {example.where for example in chosen}, renderer)
-    made = []
+    made, counted = [], prepared.plan.counted
     for place, pack in enumerate(packs, 1):
         size = sum(len(chosen[index].ids) for index in pack)
-        heading = f"step {number}, micro-batch {place} of {len(packs)}: {len(pack)} samples, {size} of {limit} tokens"
+        heading = f"step {number}, micro-batch {place} of {len(packs)}: {len(pack)} {counted}, {size} of {limit} tokens"
         for index in pack:
             example = chosen[index]
             row = turns[example.where.partition("#")[0]]
-            made.append(datashow.shown(example, row.turns, renderer, heading=heading))
-            heading = ""
+            sides = ("chosen", "rejected") if example.half else ("",)
+            for half, said, side in zip(example.halves(), row.endings(), sides, strict=True):
+                made.append(datashow.shown(half, said, renderer, heading=heading, note=side))
+                heading = ""
     return made
 
 

@@ -11,12 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune import hardware, schedule
+from finetune import hardware, objectives, schedule
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.interrupts import out_of_reach
 from finetune.optimizer import RATIO
@@ -25,15 +25,7 @@ from finetune.peers import ALONE, Peers
 if TYPE_CHECKING:
     from finetune.dataset import Example
     from finetune.model import Policy
-    from finetune.objectives.sft import Batch, StepLoss
-
-
-class Objective(Protocol):
-    """What the loop asks of a file in ``objectives/``."""
-
-    def collate(self, examples: Sequence[Example]) -> Batch: ...
-
-    def loss(self, policy: Policy, batch: Batch) -> StepLoss: ...
+    from finetune.objectives import Batch, Objective, Tallies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +57,7 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """One finished optimizer step. ``step`` counts from 1; ``loss`` is the weighted mean over its supervised tokens."""
+    """One finished optimizer step. ``step`` counts from 1; ``loss`` is the objective's mean over the whole step."""
 
     step: int
     loss: float
@@ -78,6 +70,8 @@ class StepDone:
     waited: float
     """Of ``seconds``, those in which the device had nothing to do: the step's samples were fetched and collated."""
     loss_scale: float | None
+    figures: dict[str, float] = field(default_factory=dict)
+    """What else the objective tells of the step, by name."""
 
 
 class _StepBatches(torch.utils.data.Dataset[Any]):
@@ -91,8 +85,7 @@ class _StepBatches(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         chosen = [self.examples[index] for index in self.course.steps[step]]
-        packs = schedule.pack([len(example.ids) for example in chosen], self.course.micro_batch_tokens)
-        return [self.objective.collate([chosen[i] for i in pack]) for pack in packs]
+        return self.objective.batches(chosen, self.course.micro_batch_tokens)
 
 
 def step_batches(
@@ -140,19 +133,21 @@ def run(
         began = time.perf_counter()
         batches = next(fetched)
         waited = time.perf_counter() - began
+        batches = objective.begin(policy, batches)
         count = sum(batch.count for batch in batches)
-        totals: dict[int, float] = {}
+        told: dict[int, tuple[float, Tallies]] = {}
         for number, batch in peers.share(batches):
             torch.manual_seed(course.noise_seed(step, number))
             result = objective.loss(policy, batch.to(policy.device))
             stop_if_not_finite(result.total, "loss", step, batch.rows)
             scaled = result.total / count
             (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
-            totals[number] = result.total.item()
+            told[number] = result.total.item(), result.tallies
             on_micro_batch(number + 1, len(batches))
-        totals = peers.gather(totals, list(policy.trainable().values()))
-        loss = sum(totals.values()) / count
-        yield end_step(policy, course, optimizer, scaler, step, batches, loss, began, waited)
+        told = peers.gather(told, list(policy.trainable().values()))
+        loss = sum(total for total, _ in told.values()) / count
+        done = end_step(policy, course, optimizer, scaler, step, batches, loss, began, waited)
+        yield replace(done, figures=objectives.averaged([tallies for _, tallies in told.values()]))
 
 
 def end_step(

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from finetune.loop import StepDone
 
 
+_TOLD = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL"}
+"""An objective's figures that the live line has room for."""
+
+
 class StepLog:
     """Where a finished step is told: the file, the tracker, the terminal."""
 
@@ -40,9 +44,11 @@ class StepLog:
         }
         if event.loss_scale is not None:
             line["loss_scale"] = event.loss_scale
+        line |= event.figures
         append_line(self.path, line)
         self.session.log({key: value for key, value in line.items() if key != "step"}, event.step)
-        self.progress(event.step, self.total, f"loss {event.loss:.4f}  {speed:.0f} tokens/s  {size(memory)}")
+        told = "".join(f"  {name} {event.figures[key]:.3g}" for key, name in _TOLD.items() if key in event.figures)
+        self.progress(event.step, self.total, f"loss {event.loss:.4f}{told}  {speed:.0f} tokens/s  {size(memory)}")
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune import loading
+from finetune import beginning, loading
 from finetune import tokenizer as tokenizers
 from finetune.base import Base
 from finetune.errors import ModelError
@@ -34,7 +34,8 @@ it meets, 35 in a step, and the heap finds freed blocks of one size again, those
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A model and its tokenizer. With ``adapted`` false it is the base alone."""
+    """A model and its tokenizer. With ``adapted`` false it is the base alone. ``start``: the weights of the adapter
+    that the run began from, by the parameters' names; None where it began with a fresh one."""
 
     model: Any
     tokenizer: Any
@@ -42,6 +43,7 @@ class Policy:
     stop_token: str
     adapted: bool
     kernels: bool = True
+    start: dict[str, torch.Tensor] | None = None
 
     @property
     def causal_lm(self) -> Any:
@@ -105,26 +107,16 @@ class Policy:
 
     @contextlib.contextmanager
     def evaluating(self, *, adapter: bool = True) -> Iterator[None]:
-        """No dropout and no gradients inside; with ``adapter`` false the base answers alone."""
+        """No dropout and no gradients inside; with ``adapter`` false the model as the run found it answers: the base
+        alone, or with the adapter that the run began from."""
         was_training = self.model.training
         self.model.eval()
-        without = contextlib.nullcontext() if adapter else self.without_adapter()
+        as_is = adapter or not self.adapted
         try:
-            with torch.no_grad(), without:
+            with torch.no_grad(), contextlib.nullcontext() if as_is else beginning.as_found(self.model, self.start):
                 yield
         finally:
             self.model.train(was_training)
-
-    @contextlib.contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """The base alone inside. PEFT's switch leaves all of an adapter trainable, LoRA-FA's frozen A too: put back."""
-        frozen = [value for value in self.model.parameters() if not value.requires_grad]
-        try:
-            with self.model.disable_adapter() if self.adapted else contextlib.nullcontext():
-                yield
-        finally:
-            for value in frozen:
-                value.requires_grad_(False)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None,
@@ -252,6 +244,14 @@ def attach_saved(policy: Policy, folder: Path) -> Policy:
     adapted = _adapted(policy, model)
     load_adapter(model, load_file(folder / "adapter_model.safetensors"), folder)
     return adapted
+
+
+def start_from(policy: Policy, folder: Path) -> Policy:
+    """A freshly attached adapter with the weights of that folder, which stay known. Raises as ``load_adapter``."""
+    from safetensors.torch import load_file
+
+    load_adapter(policy.model, load_file(folder / "adapter_model.safetensors"), folder)
+    return replace(policy, start={name: value.detach().clone() for name, value in policy.trainable().items()})
 
 
 def load_adapter(model: Any, weights: dict[str, torch.Tensor], source: Path) -> None:

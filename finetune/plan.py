@@ -19,6 +19,7 @@ from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
 from finetune.optimizer import Tensors
 from finetune.recipe import Located, Recipe
+from finetune.recipe.objective_keys import EXTRA_PASSES
 from finetune.schedule import Part
 from finetune.speed import Work
 from finetune.targets import Target
@@ -42,6 +43,8 @@ class Plan:
     micro_batch_tokens: int
     steps: int | None
     samples: int | None
+    counted: str
+    """What its samples are: samples, or pairs."""
     tokens: int | None
     supervised_tokens: int | None
     targets: tuple[Target, ...]
@@ -129,6 +132,7 @@ def make(
     kind = recipe.train.optimizer
     whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
     remarks = [*notes, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device)]
+    remarks += _aim(recipe)
     if selection.whole:
         remarks.append(f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32")
     if memory.total > hardware.free_memory * budget.USABLE + memory.overhead:
@@ -153,6 +157,7 @@ def make(
         recomputed_layers=fitted.layers, micro_batch_tokens=fitted.micro_batch_tokens,
         steps=len(steps) if steps is not None else recipe.train.steps,
         samples=len(chosen) if load else None, tokens=tokens,
+        counted="pairs" if recipe.objective.rows == "pairs" else "samples",
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
         targets=selection.targets, whole_parameters=whole,
         frozen_parameters=sum(one.parameters for one in tensors if not optimizer.is_trained(kind, one.role)),
@@ -200,6 +205,20 @@ def _smaller(recipe: Recipe) -> str:
         return "lower train.micro_batch_tokens, or leave it at auto"
     packed = recipe.quantize.weights in ("nf4", "fp4")
     return f"lower train.max_length, or {'take a smaller model' if packed else 'use quantize nf4'}"
+
+
+def _aim(recipe: Recipe) -> list[str]:
+    """What is learned from, where that is judged answers, and what they are compared with."""
+    chosen = recipe.objective
+    if chosen.method == "sft":
+        return []
+    settings = ", ".join(f"{key} {value}" for key, value in chosen.settings().items())
+    passes = EXTRA_PASSES.get(chosen.method, 0)
+    origin = recipe.adapter.start_from
+    against = f"the adapter of {origin}" if origin else "the base without adapter"
+    seen = f"the reference is {against}, looked at in each step: no second model" if passes else "no reference policy"
+    parts = "a pair is a chosen and a rejected text, never parted; " if chosen.rows == "pairs" else ""
+    return [f"objective {chosen.method} ({settings}): {parts}{seen}"]
 
 
 def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:

@@ -20,9 +20,11 @@ from finetune import (
     hardware,
     joint_plan,
     known_models,
+    objectives,
     plan,
     recipe,
     source,
+    starting,
     tokenizer,
 )
 from finetune.base import Base, inspect
@@ -33,12 +35,14 @@ from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.evaluate import HeldOut
 from finetune.gather import Gathered
 from finetune.hardware import Hardware
+from finetune.objectives import Objective
 from finetune.plan import Plan
 from finetune.recipe import Located, Recipe
 from finetune.renderer import Renderer
 from finetune.repeats import Met
 from finetune.runfolder import RunFolder
 from finetune.samples import Samples
+from finetune.starting import Start
 from finetune.window import Named
 
 _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json says how far it reaches"
@@ -48,7 +52,7 @@ _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json
 class Prepared:
     """A run that passed every check. Without ``base`` the model is known by its numbers only.
 
-    ``together``: the other adapters that are trained in the same passes.
+    ``together``: the other adapters that are trained in the same passes. ``start``: the adapter that it begins from.
     """
 
     located: Located
@@ -62,10 +66,18 @@ class Prepared:
     held_out: HeldOut | None
     named: tuple[Named, ...] = ()
     together: tuple[str, ...] = ()
+    start: Start | None = None
 
     @property
     def recipe(self) -> Recipe:
         return self.located.recipe
+
+    @property
+    def objective(self) -> Objective:
+        """What the run minimises, with the recipe's settings."""
+        chosen = self.recipe.objective
+        more = {"longest": self.recipe.train.max_length} if chosen.rows == "labels" else {}
+        return objectives.get(chosen.method, chosen.settings() | more)
 
 
 def prepare(
@@ -137,6 +149,7 @@ def _prepared(
     return Prepared(
         located=located, hardware=machine, base=base, shape=base.shape, load=load, plan=made, commit=found.commit,
         samples=gathered.samples, held_out=gathered.held_out, named=gathered.named,
+        start=starting.find(located, made.adapter_fields) if training else None,
     )  # fmt: skip
 
 
@@ -218,7 +231,7 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, mu
     made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked, notes=notes)
     return Prepared(
         located=located, hardware=machine, base=None, shape=shape, load=None, plan=made, commit=None, samples=None,
-        held_out=None,
+        held_out=None, start=starting.find(located, made.adapter_fields),
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from finetune.fallback import Setting
 from finetune.loading import BaseForm
 from finetune.loop import Course
 from finetune.model import Policy
-from finetune.objectives import sft
 from finetune.prepare import Prepared
 from finetune.terminal import Terminal, duration, size
 
@@ -102,7 +101,7 @@ def _measure(prepared: Prepared, policy: Policy, setting: Setting, samples: tupl
     scaler = torch.amp.GradScaler(chosen.device) if chosen.loss_scaling else None
     hardware.forget_peak()
     try:
-        *_, last = loop.run(policy, sft, prepared.samples, course, optimizer, 0, scaler)
+        *_, last = loop.run(policy, prepared.objective, prepared.samples, course, optimizer, 0, scaler)
     except torch.OutOfMemoryError as error:
         what = f"out of memory: {str(error).splitlines()[0]}"
         fix = "lower train.micro_batch_tokens, or leave it at auto"

@@ -73,7 +73,7 @@ def _batches(examples: Sequence[Example]) -> list[list[Example]]:
     """As many examples as the positions need, packed: a model that is read layer by layer is read once a batch."""
     batches: list[list[Example]] = []
     tokens = count = 0
-    for example in examples:
+    for example in (half for one in examples for half in one.halves()):
         if count >= POSITIONS:
             break
         if not batches or tokens + len(example.ids) > _TOKENS:

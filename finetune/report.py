@@ -90,7 +90,7 @@ def recomputed(plan: Plan) -> str:
 
 def _course(plan: Plan) -> list[str]:
     steps = "steps unknown" if plan.steps is None else f"{plan.steps} steps"
-    tokens = "" if plan.tokens is None else f", {plan.samples} samples, {plan.tokens:,} tokens"
+    tokens = "" if plan.tokens is None else f", {plan.samples} {plan.counted}, {plan.tokens:,} tokens"
     supervised = "" if plan.supervised_tokens is None else f" ({plan.supervised_tokens:,} supervised)"
     time = "unknown" if plan.seconds is None else f"about {duration(plan.seconds)} (predicted)"
     return [

@@ -42,10 +42,13 @@ class Run:
     def _identity(self, digests: dict[str, str] | None) -> Identity:
         chosen = self.prepared.plan
         bar = ByteBar.over(self.terminal, "verifying the base", self.base.files())
+        base, start = digests or self.base.digests(bar.more), self.prepared.start
+        if start is not None:
+            start.refuse_other_base(base)
         return Identity(
             recipe=dict(recipe.flatten(self.prepared.recipe)),
             data=gather.digests(self.prepared.recipe),
-            base=digests or self.base.digests(bar.more),
+            base=base,
             resolved={
                 "compute": chosen.compute,
                 "recompute": chosen.recompute,
@@ -54,6 +57,7 @@ class Run:
             },
             environment={**hardware.environment(self.prepared.hardware), **identity.processes(self.peers.world)},
             together=list(self.prepared.together),
+            start=dict(start.digests) if start else {},
         )
 
     def settle(self, extend: bool) -> None:
@@ -75,6 +79,7 @@ class Run:
             resolved=stored.resolved,
             environment=stored.environment,
             together=stored.together,
+            start=stored.start,
         )
         if changed != stored:
             changed.write(self.folder.identity)
@@ -129,6 +134,7 @@ class Run:
         return evaluate.How(
             metrics=wanted.metrics, max_new_tokens=wanted.max_new_tokens, batch_rows=wanted.batch_rows,
             micro_batch_tokens=self.identity.resolved["micro_batch_tokens"], asked=wanted.asked(),
+            objective=self.prepared.objective if self.prepared.recipe.objective.method != "sft" else None,
         )  # fmt: skip
 
     def judges_at(self, step: int, total: int) -> bool:
@@ -153,10 +159,19 @@ class Run:
         def show(what: str, done: int, of: int) -> None:
             bars.setdefault(what, Progress(self.terminal, f"judging {whose}: {what}"))(done, of)
 
-        judged = evaluate.judge(policy, held_out, self.how(), adapter=adapter, progress=show)
+        judged = evaluate.judge(
+            policy, held_out, self.how(), adapter=adapter, progress=show, origin=self.origin() if adapter else None
+        )
         scores.record(self.folder, name, judged, held_out)
         if known is not None:
             known.append((held_out, self.how(), judged))
+
+    def origin(self) -> list[float] | None:
+        """The reference's log-probabilities of the held-out texts, from the judgement before the first step."""
+        held_out, objective = self.prepared.held_out, self.how().objective
+        if held_out is None or objective is None:
+            return None
+        return scores.log_probs(self.folder, held_out, repr(objective))
 
 
 def _number(value: Any) -> Any:

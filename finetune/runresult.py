@@ -20,7 +20,10 @@ def figures(story: Story) -> str:
     """The few numbers that one looks for first."""
     found: list[tuple[str, str, str]] = []
     ends = story.first_and_last()
-    for key, name, shown in (("exact_match", "exact match", _percent), ("loss", "held-out loss", "{:.3f}".format)):
+    for key, name, shown in (
+        ("exact_match", "exact match", _percent), ("reward_accuracy", scores.label("reward_accuracy"), _percent),
+        ("loss", "held-out loss", "{:.3f}".format),
+    ):  # fmt: skip
         values = [number(story.scores[one].get(key)) for one in ends] if ends else []
         if len(values) == 2 and values[0] is not None and values[1] is not None:
             found.append((name, shown(values[1]), f"before: {shown(values[0])}"))

@@ -48,6 +48,7 @@ def training(story: Story) -> str:
                 Series(label="held-out", points=story.at_steps("loss"), kind="second", dots=True),
             ],
         ),
+        *_judging(story),
         Plot(title="learning rate", shown=short, series=[Series(label="", points=curves["learning_rate"])]),
         Plot(title="gradient norm", shown=short, smooth=True, series=[Series(label="", points=curves["grad_norm"])]),
         Plot(
@@ -66,6 +67,30 @@ def training(story: Story) -> str:
         if any(series.points for series in one.series)
     )
     return f'<div class="plots">{drawn}</div>{_numbers(story)}'
+
+
+def _judging(story: Story) -> list[Plot]:
+    """The curves of an objective that learns from judged answers."""
+    curves = story.curves
+
+    def two(title: str, name: str) -> Plot:
+        sides = [("chosen", "main"), ("rejected", "second")]
+        series = [Series(label=side, points=curves[f"{name}/{side}"], kind=kind) for side, kind in sides]
+        return Plot(title=title, shown=short, smooth=True, series=series)
+
+    def one(title: str, name: str, held_out: str) -> Plot:
+        series = [Series(label="training", points=curves[name])]
+        if held_out:
+            series.append(Series(label="held-out", points=story.at_steps(held_out), kind="second", dots=True))
+        return Plot(title=title, shown=short, smooth=True, series=series)
+
+    if not curves["rewards/margins"]:
+        return []
+    return [
+        one("margin of the rewards", "rewards/margins", "reward_margin"),
+        one("rewards right", "rewards/accuracies", "reward_accuracy"),
+        two("rewards", "rewards"), two("log-probabilities", "logps"), one("KL: the zero point", "kl", ""),
+    ]  # fmt: skip
 
 
 def _numbers(story: Story) -> str:

@@ -19,7 +19,11 @@ from finetune.runfolder import RunFolder, read_json
 from finetune.terminal import amount, clean, duration
 
 _LARGEST = 1e18
-CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory", "seconds", "tokens")
+CURVES = (
+    "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory", "seconds", "tokens", "rewards/chosen",
+    "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl",
+)  # fmt: skip
+"""The last seven are of objectives that learn from judged answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,13 +217,17 @@ def summary(story: Story) -> str:
     if story.total and tokens is not None and samples is not None:
         answers = f", {supervised:,.0f} of them supervised" if supervised is not None else ""
         sentences.append(
-            f"The course is {story.total:,} steps over {samples:,.0f} samples: {tokens:,.0f} tokens{answers}."
+            f"The course is {story.total:,} steps over {samples:,.0f} {_counted(plan)}: {tokens:,.0f} tokens{answers}."
         )
     if story.seconds:
         place = f" on {plan['device_name']}" if plan.get("device_name") else ""
         sentences.append(f"{len(story.curves['seconds']):,} steps took {_took(story.seconds)}{place}.")
     chosen = [f"{one[0].upper()}{one[1:]}." for one in ended.sentences(story.end)]
     return " ".join(clean(one, 600) for one in [*sentences, *_result(story), *chosen])
+
+
+def _counted(plan: dict[str, Any]) -> str:
+    return "pairs" if plan.get("counted") == "pairs" else "samples"
 
 
 def _took(seconds: float) -> str:
@@ -232,7 +240,10 @@ def _result(story: Story) -> Iterator[str]:
         return
     before, after = (story.scores[name] for name in ends)
     changes = []
-    for key, name, shown in (("loss", "loss", "{:.4f}"), ("exact_match", "exact match", "{:.1%}")):
+    for key, name, shown in (
+        ("loss", "loss", "{:.4f}"), ("exact_match", "exact match", "{:.1%}"),
+        ("reward_accuracy", "the share of rewards that are right", "{:.1%}"),
+    ):  # fmt: skip
         one, two = number(before.get(key)), number(after.get(key))
         if one is not None and two is not None:
             changes.append(f"{name} went from {shown.format(one)} to {shown.format(two)}")

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 COLUMNS = {
-    "ids": "i", "marks": "B", "ends": "q", "supervised": "q", "rows": "q", "places": "B", "place_ends": "q",
-    "folded": "Q",
+    "ids": "i", "marks": "B", "ends": "q", "supervised": "q", "halves": "q", "labels": "b", "rows": "q", "places": "B",
+    "place_ends": "q", "folded": "Q",
 }  # fmt: skip
-"""File → its number format: ids and weights' numbers per token; ends, counts, rows and places per sample; a digest per
-row."""
+"""File → its number format: ids and weights' numbers per token; ends, counts, a chosen text's tokens, labels (or -1),
+rows and places per sample; a digest per row."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ class Stored:
 
     def example(self, index: int) -> Example:
         tokens, place = self._span("ends", index), self._span("place_ends", index)
-        weights = self.meta["weights"]
+        weights, label = self.meta["weights"], int(self.columns["labels"][index])
         return Example(
             ids=tuple(self.columns["ids"][tokens].tolist()),
             weights=tuple(weights[mark] for mark in self.columns["marks"][tokens]),
             where=self.columns["places"][place].tobytes().decode("utf-8", "surrogateescape"),
-        )
+            half=int(self.columns["halves"][index]), label=None if label < 0 else bool(label),
+        )  # fmt: skip
 
     def _span(self, name: str, index: int) -> slice:
         ends = self.columns[name]

@@ -25,6 +25,8 @@ VERDICTS = "verdicts"
 """A row's key in samples.jsonl below which stands what each metric said of each judgement's answer."""
 PARTS = {"loss_by_source": "source", "loss_by_role": "role"}
 """Scores that are themselves numbers by name, and what those names are."""
+_LOG_PROBS = "log_probs"
+"""In losses.jsonl, before a judgement's name: the log-probabilities of a row's two texts."""
 
 
 def read(folder: RunFolder) -> dict[str, Any]:
@@ -40,9 +42,13 @@ def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> d
         _beside(folder.samples, name, judged.answers, asked, judged.verdicts)
     if judged.losses:
         judged_on = [
-            {"row": one.where, "content": content(one), "weight": sum(one.weights)} for one in held_out.examples
+            {"row": one.where, "content": content(one, judged.measured), "weight": _weight(one)}
+            for one in held_out.examples
         ]
         _beside(folder.losses, name, judged.losses, judged_on)
+    if judged.log_probs and judged.losses:
+        both = [judged.log_probs[at : at + 2] for at in range(0, len(judged.log_probs), 2)]
+        _beside(folder.losses, f"{_LOG_PROBS} {name}", both, judged_on)
     scores = read(folder)
     scores[name] = judged.scores
     write_json(folder.scores, scores)
@@ -89,9 +95,30 @@ def _beside(
     write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows).encode())
 
 
-def content(example: Example) -> str:
-    """A digest of what a loss is of: losses of other tokens, or of the same with other weights, are not comparable."""
-    return blake2b(json.dumps([example.ids, example.weights]).encode(), digest_size=16).hexdigest()
+def log_probs(folder: RunFolder, held_out: HeldOut, measured: str) -> list[float] | None:
+    """The log-probabilities that these rows' texts had before the first step, if they are there."""
+    if not folder.losses.is_file():
+        return None
+    stored = [json.loads(line) for line in folder.losses.read_text(encoding="utf-8").splitlines()]
+    wanted = [content(one, measured) for one in held_out.examples]
+    if [entry.get("content") for entry in stored] != wanted:
+        return None
+    found = [entry.get(f"{_LOG_PROBS} before") for entry in stored]
+    return [value for both in found for value in both] if all(found) else None
+
+
+def content(example: Example, measured: str = "") -> str:
+    """A digest of what a loss is of: losses of other tokens, of the same with other weights, or of another objective
+    (``measured``) are not comparable."""
+    what: list[Any] = [example.ids, example.weights]
+    if measured:
+        what += [example.half, example.label, measured]
+    return blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+
+
+def _weight(example: Example) -> float:
+    """What a row's loss counts: its tokens', or that of one judged answer."""
+    return 1.0 if example.half or example.label is not None else sum(example.weights)
 
 
 def parts(values: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -122,7 +149,7 @@ def metrics(scores: Mapping[str, Any]) -> list[str]:
     """The metrics of answers that are among the scores of several judgements, in the order of the recipe's words."""
     found = dict.fromkeys(key for values in scores.values() if isinstance(values, dict) for key in values)
     own = [key for key in found if key.startswith("command.") and key != "command."]
-    return [metric for metric in evals.ROWWISE if metric in found] + own[:_NAMED]
+    return [metric for metric in (*evals.ROWWISE, *evals.RANKED) if metric in found] + own[:_NAMED]
 
 
 def interval(values: Mapping[str, Any], metric: str) -> tuple[float, float] | None:

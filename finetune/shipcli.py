@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import EnvironmentFault, Fault, FinetuneError, ModelError
+from finetune.errors import Fault, FinetuneError
 from finetune.options import AsJson, Quiet, RunPath, print_json, terminal
 from finetune.terminal import ByteBar
 
@@ -186,16 +186,9 @@ def verify(
 ) -> None:
     """Check every byte of a release. Exit 1 where anything differs. Needs no torch."""
     from finetune import signature
-    from finetune import verify as checks
 
     screen = terminal(quiet=quiet, as_json=as_json)
-    try:
-        faults = checks.faults(folder, ByteBar.over(screen, "verifying", folder.rglob("*")).more)
-        faults += signature.check_signature(folder, key) if key is not None else []
-    except checks.NoRelease as error:
-        raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None
-    except signature.CannotCheck as error:
-        raise EnvironmentFault(str(error), str(folder), "pip install 'finetune-qwen[sign]'") from None
+    faults = signature.faults(folder, key, ByteBar.over(screen, "verifying", folder.rglob("*")).more)
     if faults:
         raise FinetuneError.of([Fault(fault, str(folder)) for fault in faults])
     screen.say(f"{folder}: every file is what was released{'' if key is None else ', and the signature is right'}")

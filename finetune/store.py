@@ -32,7 +32,7 @@ from finetune.runfolder import (
     write_synced,
 )
 from finetune.samples import COLUMNS, Stored
-from finetune.window import Named, Window, ranked, refuse_empty
+from finetune.window import Named, Window, refuse_empty
 
 if TYPE_CHECKING:
     pass
@@ -98,7 +98,7 @@ def key(reader: Reader, window: Window) -> str:
         "template": tokenizer.chat_template,
         "ends": [renderer.stop_token, tokenizer.eos_token],
         "rendering": [renderer.piecewise, renderer.train_on, renderer.thinking, renderer.literals],
-        "window": [window.max_length, window.policy],
+        "window": [window.max_length, window.policy, window.rows],
         "code": [__version__, *(manifest.digest(path) for path in code)],
     }
     return manifest.digest_bytes(json_bytes(what))[:32]
@@ -124,8 +124,8 @@ def _fill(writer: _Writer, reader: Reader, window: Window, progress: dataset.Pro
             faults.add(read.where, read.found)
             continue
         faults.rows += 1
-        if read.found.ranked:
-            faults.add(read.where, ranked())
+        if (fault := window.refusal(read.found)) is not None:
+            faults.add(read.where, fault)
             continue
         try:
             placed = window.place(Row(conversation=read.found, where=read.where))
@@ -172,6 +172,8 @@ class _Writer:
             self.places += len(place)
             self._put("ends", [self.tokens])
             self._put("supervised", [len(example.weights) - example.weights.count(0.0)])
+            self._put("halves", [example.half])
+            self._put("labels", [-1 if example.label is None else int(example.label)])
             self._put("rows", [row])
             self._put("places", place)
             self._put("place_ends", [self.places])

@@ -82,8 +82,8 @@ def _sizes(read: Read, renderer: Renderer | None) -> tuple[int, int]:
     """Tokens of a row, and of the answer that ends it. Raises RowFault, DataError."""
     if isinstance(read.found, RowFault):
         raise read.found
-    if read.found.ranked or read.found.label is not None:
-        raise window.ranked()
+    if (fault := window.refusal(read.found, "answers")) is not None:
+        raise fault
     last = read.found.turns[-1]
     if renderer is not None:
         made = renderer.examples(Row(conversation=read.found, where=read.where))

@@ -205,12 +205,13 @@ def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None
 
 
 def attach(run: Run, base: Policy) -> Policy:
-    """The recipe's adapter, fresh, on the base or a view of it."""
-    wanted = run.prepared.recipe.train
-    return model.attach(
+    """The recipe's adapter on the base or a view of it: fresh, or with the weights that it begins from."""
+    wanted, start = run.prepared.recipe.train, run.prepared.start
+    policy = model.attach(
         base, run.prepared.plan.adapter_fields, wanted.seed, kernels=wanted.kernels != "off",
         compiled=wanted.compile is True,
     )  # fmt: skip
+    return policy if start is None else model.start_from(policy, start.folder)
 
 
 def recompute(run: Run, policy: Policy) -> None:

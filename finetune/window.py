@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.conversation import TEXT, RowFault, Turn
+from finetune.conversation import TEXT, Conversation, RowFault, Turn
 from finetune.dataset import Example, Faults, Row
 from finetune.errors import DataError
 
@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     from finetune.renderer import Renderer
 
 Turns = tuple[Turn, ...]
+_IS = {
+    "answers": "this row shows an answer and judges none", "pairs": "this row ranks two answers",
+    "labels": "this row says whether an answer is wanted",
+}  # fmt: skip
+_TRAINS = {
+    "answers": "objective sft trains on every answer", "pairs": "this objective trains on pairs",
+    "labels": "objective kto trains on labels",
+}  # fmt: skip
+_SINGLE, _PAIRED = "train with objective.method: sft", "train with objective.method: dpo, orpo or simpo"
+_LABELLED = "train with objective.method: kto"
+_MEND = {
+    ("answers", "pairs"): f"{_PAIRED}; to train on the chosen answers alone, write them as messages",
+    ("answers", "labels"): f"{_LABELLED}; to train on the wanted answers alone, write them as messages",
+    ("pairs", "answers"): f"give it a chosen and a rejected ending, or {_SINGLE}",
+    ("pairs", "labels"): f"give it a chosen and a rejected ending, or {_LABELLED}",
+    ("labels", "answers"): f"add label: true or false, or {_SINGLE}",
+    ("labels", "pairs"): f"write both endings as rows with label: true and label: false, or {_PAIRED}",
+}
+"""What to do about a row, by what the objective trains on and what the row is."""
 APART = "tokenised in pieces"
 """What is done to a row whose text in one piece has other ids: it opens with a newline, or holds a declared literal."""
 
@@ -64,12 +83,17 @@ def notes(named: Iterable[Named], key: str) -> list[str]:
 class Window:
     """How rows are fitted: the renderer, the most tokens of a sample, and the policy for rows that have more.
 
-    ``policy``: error, drop, truncate_turns or split.
+    ``policy``: error, drop, truncate_turns or split. ``rows``: what the objective trains on, answers, pairs or labels.
     """
 
     renderer: Renderer
     max_length: int
     policy: str = "error"
+    rows: str = "answers"
+
+    def refusal(self, conversation: Conversation) -> RowFault | None:
+        """What is wrong with a row of another kind than the objective trains on."""
+        return refusal(conversation, self.rows)
 
     def place(self, row: Row) -> Placed:
         """One row's samples, and its name where it is not trained as it stands.
@@ -77,19 +101,44 @@ class Window:
         Raises:
             DataError: the template cannot render it; with the policy ``error``, it is too long.
         """
-        made = self.renderer.examples(row)
+        made = self._pair(row) if row.conversation.rejected else self.renderer.examples(row)
+        if row.conversation.label is not None:
+            made = [replace(example, label=row.conversation.label) for example in made]
         tokens = _longest(made)
         if tokens <= self.max_length:
             return Placed(parts=(row,), examples=tuple(made), named=_apart(row, made, tokens))
         if self.policy == "error":
             fix = "raise train.max_length, shorten the row, or choose data.over_length"
             raise DataError(f"{tokens} tokens, more than train.max_length {self.max_length}", row.where, fix)
+        if row.conversation.ranked:  # either text of a pair decides; the recipe leaves no other policy
+            detail = f"longer than {self.max_length} tokens"
+            return Placed(
+                parts=(), examples=(), named=Named(where=row.where, done="left out", tokens=tokens, detail=detail)
+            )
         if row.conversation.turns[0].role == TEXT and self.policy == "split":
             examples, named = _slices(made[0], self.max_length)
             return Placed(parts=(row,), examples=examples, named=named)
         parts, named = _fitting(row, self.renderer, self.max_length, self.policy, tokens)
         fitted = tuple(example for part in parts for example in self.renderer.examples(part))
         return Placed(parts=tuple(parts), examples=fitted, named=named)
+
+    def _pair(self, row: Row) -> list[Example]:
+        """Both texts of a pair as one sample, so that nothing can part them."""
+        texts = []
+        for turns in row.conversation.endings():
+            one = replace(row, conversation=replace(row.conversation, turns=turns, rejected=()))
+            made = self.renderer.examples(one)
+            if len(made) > 1:
+                what = "the template renders this ending's answers each with a prompt of its own"
+                raise DataError(what, row.where, "set data.train_on: last, or give endings of one answer")
+            texts += made
+        chosen, rejected = texts
+        return [
+            replace(
+                chosen, ids=chosen.ids + rejected.ids, weights=chosen.weights + rejected.weights,
+                apart=chosen.apart or rejected.apart, half=len(chosen.ids),
+            )
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +162,9 @@ def fit(rows: Sequence[Row], window: Window) -> Fitted:
     named: list[Named] = []
     faults = Faults(rows[0].where.rpartition(":")[0] if rows else "")
     for row in rows:
+        if (fault := window.refusal(row.conversation)) is not None:
+            faults.add(row.where, fault)
+            continue
         try:
             placed = window.place(row)
         except DataError as error:
@@ -128,10 +180,13 @@ def fit(rows: Sequence[Row], window: Window) -> Fitted:
     return Fitted(rows=tuple(kept), examples=tuple(examples), named=tuple(named))
 
 
-def ranked() -> RowFault:
-    """What is wrong with a row that judges answers, where a recipe trains on single ones."""
-    fix = "no objective of a recipe trains on ranked answers; to train on the chosen ones, write them as messages"
-    return RowFault("", "this row ranks answers", fix, code="ranked")
+def refusal(conversation: Conversation, rows: str) -> RowFault | None:
+    """What is wrong with a row where an objective trains on ``rows``: answers, pairs or labels."""
+    kind = "pairs" if conversation.rejected else "answers" if conversation.label is None else "labels"
+    if kind == rows:
+        return None
+    code = "ranked" if conversation.ranked else "not_ranked"
+    return RowFault("", f"{_IS[kind]}, and {_TRAINS[rows]}", _MEND[rows, kind], code=code)
 
 
 def refuse_empty(samples: int, max_length: int, place: str) -> None:
@@ -162,7 +217,7 @@ def _slices(example: Example, max_length: int) -> tuple[tuple[Example, ...], Nam
 
 
 def _longest(examples: Sequence[Example]) -> int:
-    return max(len(example.ids) for example in examples)
+    return max(len(half.ids) for example in examples for half in example.halves())
 
 
 def _fitting(row: Row, renderer: Renderer, max_length: int, policy: str, tokens: int) -> tuple[list[Row], Named]:

@@ -148,6 +148,7 @@ recipe.write_text("""\
 model: base
 quantize: {weights: nf4, compute: fp32}
 adapter: {method: lora, r: 8, lora_alpha: 16}
+objective: {method: dpo}
 data: {train_path: pairs.jsonl, format: preference}
 train: {epochs: 1, examples_per_step: 8, max_length: 256, learning_rate: 0.001}
 tracker: none

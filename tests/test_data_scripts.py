@@ -274,3 +274,14 @@ def test_the_quick_answer_imports_no_torch(tmp_path: Path) -> None:
 def test_the_real_base_is_whole_and_answers(real_base: Path, fetch: ModuleType) -> None:
     assert fetch.fault_of(real_base) is None
     fetch.prove(real_base)
+
+
+def test_preferences_are_made_of_the_dates(tmp_path: Path, script: Script) -> None:
+    folder = ROOT / "data" / "preferences"
+    assert script("data/preferences/make.py").make(tmp_path) == {"train": 1200, "eval": 200}
+    for name in ("train.jsonl", "eval.jsonl", "LICENSE", "digests.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    swapped = sum(row["rejected"][5:7] == row["chosen"][8:] for row in rows)
+    assert 200 < swapped < 400  # a quarter or so of each kind of mistake

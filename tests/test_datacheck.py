@@ -206,7 +206,7 @@ def test_two_thousand_mutations_end_in_an_answer(tmp_path: Path) -> None:
     assert faulty > 500
 
 
-def test_pairs_can_be_checked_but_not_trained_by_a_recipe(work: Path) -> None:
+def test_pairs_can_be_checked_but_not_trained_by_sft(work: Path) -> None:
     write_rows(Path("train.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert finetune("data", "check", "train.jsonl").code == 0
     said = finetune("data", "check", "r.yaml", "--json")
@@ -214,7 +214,7 @@ def test_pairs_can_be_checked_but_not_trained_by_a_recipe(work: Path) -> None:
     assert json.loads(said.out)["sources"][0]["summary"]["codes"] == {"ranked": 1}
     said = finetune("plan", "r.yaml")
     assert (said.code, said.err.count("\n")) == (3, 1)
-    assert "train.jsonl:1: this row ranks answers" in said.err
+    assert "train.jsonl:1: this row ranks two answers" in said.err
 
 
 def test_text_that_the_tokenizer_composes_is_said_and_scored_as_composed(work: Path) -> None:

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options",
+    "api", "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options",
     "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
@@ -25,13 +25,12 @@ ROAD = [
     "comparepage", "compare", "runtable", "runview", "launch", "together", "follow", "train", "state",
     "copies", "probe", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
-    "gather", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
+    "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer",
-    "peers", "checkpoint",
-    "shared_base", "model", "loading", "control_tokens", "tokenizer", "store", "samples", "window", "renderer",
-    "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle", "shards", "base", "tokens",
-    "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "peers", "checkpoint", "shared_base", "model", "beginning", "loading", "control_tokens", "tokenizer", "store",
+    "samples", "window", "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle",
+    "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [

@@ -77,6 +77,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "eval": [Case(line=f"eval {OUTPUT}")],
     "predict": [Case(line=f"predict {OUTPUT} eval.jsonl --out answers.jsonl --max-new-tokens 4")],
+    "import": [Case(line=f"import {ROOT / 'tests/importers/trl.yaml'} --out mine.yaml")],
     "data check": [Case(line="data check r.yaml"), Case(line="data check train.jsonl --fix fixed.jsonl")],
     "data show": [Case(line="data show r.yaml"), Case(line="data show r.yaml --html page.html")],
     "init": [Case(line="init train.jsonl --out mine.yaml --model base")],

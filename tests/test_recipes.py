@@ -18,7 +18,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 @pytest.fixture
 def place(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh checkout's working folder after ``make tiny-base``: data and recipes, one base."""
-    for name in ("dates", "samples"):
+    for name in ("dates", "preferences", "samples"):
         shutil.copytree(ROOT / "data" / name, tmp_path / "data" / name)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copytree(tiny_base, tmp_path / "data" / "bases" / "tiny")

@@ -150,7 +150,7 @@ def test_faulty_rows_leave_no_store(renderer: Renderer) -> None:
 
 def test_ranked_rows_are_refused_by_name(renderer: Renderer) -> None:
     write_rows(Path("train.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(DataError, match="this row ranks answers"):
+    with pytest.raises(DataError, match="this row ranks two answers"):
         store.open_source(reader(renderer), Window(renderer=renderer, max_length=128))
 
 

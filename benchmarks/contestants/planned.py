@@ -6,7 +6,6 @@ Written down: what the plan was made from, and what then came: resident and peak
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -15,8 +14,7 @@ from typing import Any
 
 from finetune import hardware
 
-for _name, _value in hardware.LIBRARIES.items():  # as the command does, before torch loads
-    os.environ.setdefault(_name, _value)
+hardware.set_libraries()  # as the command does, before torch loads
 
 from finetune import evaluate, loop, model, prepare  # noqa: E402
 from finetune import optimizer as optimizers  # noqa: E402

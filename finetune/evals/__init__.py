@@ -20,6 +20,8 @@ ANSWERED = ("exact_match", "contains", "regex", "json_schema", "command")
 """Metrics of answers that the model writes: without one of them none are written."""
 ROWWISE = (*ANSWERED, "multiple_choice")
 """Metrics that say something of each row's answer; of all of them more is better."""
+RANKED = ("preference_accuracy", "reward_accuracy", "reward_margin")
+"""What ``loss`` measures beside itself where rows judge answers (preference.py); of these too more is better."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 """Of every other score more is better."""
 

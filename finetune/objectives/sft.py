@@ -1,88 +1,34 @@
-"""Supervised fine-tuning: next-token cross-entropy over the answers only, each turn with its weight.
-
-Returns a sum and a count; the loop divides once by the count of the whole step, so that any split of a step into
-micro-batches gives the same gradient.
-"""
+"""Supervised fine-tuning: next-token cross-entropy over the answers only, each turn with its weight."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from finetune.kernels import cross_entropy
+from finetune.objectives import Batch, Objective, StepLoss, collate, packs
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
     from finetune.model import Policy
 
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Packed samples. ids, positions: [1, tokens]; bounds: samples' starts and the end.
-
-    ``predictors`` are the positions whose hidden state predicts a supervised token, ``targets`` those tokens,
-    ``scales`` their weights in the loss: [n]. Without scales every weight is 1.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    bounds: tuple[int, ...]
-    predictors: torch.Tensor
-    targets: torch.Tensor
-    scales: torch.Tensor | None
-    rows: tuple[str, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.ids.shape[1]
-
-    @property
-    def supervised(self) -> int:
-        return len(self.targets)
-
-    @property
-    def count(self) -> float:
-        """What the summed loss is divided by: the sum of the weights, which is the number of tokens where all are 1."""
-        return len(self.targets) if self.scales is None else float(self.scales.sum(dtype=torch.float64))
-
-    def to(self, device: torch.device) -> Batch:
-        return replace(
-            self, ids=self.ids.to(device), positions=self.positions.to(device), predictors=self.predictors.to(device),
-            targets=self.targets.to(device), scales=None if self.scales is None else self.scales.to(device),
-        )  # fmt: skip
+__all__ = ["Batch", "StepLoss", "batches", "begin", "collate", "loss", "make"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepLoss:
-    """Weighted loss, summed; ``count`` is the sum of the weights. The sum carries the graph."""
-
-    total: torch.Tensor
-    count: float
+def make() -> Objective:
+    """It has no settings: this file is the objective."""
+    return cast(Objective, sys.modules[__name__])
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Lay samples one after the other; positions restart, and no sample's first token is ever a target."""
-    bounds, predictors, targets, scales = [0], [], [], []
-    for example in examples:
-        weights = torch.tensor(example.weights)
-        answer = weights.nonzero().squeeze(1)
-        predictors.append(answer - 1 + bounds[-1])
-        targets.append(torch.tensor(example.ids)[answer])
-        scales.append(weights[answer])
-        bounds.append(bounds[-1] + len(example.ids))
-    weighted = torch.cat(scales)
-    return Batch(
-        ids=torch.tensor([token for example in examples for token in example.ids])[None],
-        positions=torch.cat([torch.arange(len(example.ids)) for example in examples])[None],
-        bounds=tuple(bounds),
-        predictors=torch.cat(predictors),
-        targets=torch.cat(targets),
-        scales=None if bool((weighted == 1).all()) else weighted,
-        rows=tuple(example.where for example in examples),
-    )
+def batches(examples: Sequence[Example], limit: int) -> list[Batch]:
+    return [collate([examples[i] for i in pack]) for pack in packs(examples, limit)]
+
+
+def begin(policy: Policy, batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
 def token_losses(policy: Policy, batch: Batch) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from finetune.errors import Fault, RecipeError
 from finetune.recipe import adapter_fields, checks, editor_schema, judging, several, sources, wording
-from finetune.recipe.sections import Adapter, Data, Evaluate, Quantize, Section, Train
+from finetune.recipe.sections import Adapter, Data, Evaluate, Objective, Quantize, Section, Train
 from finetune.recipe.words import Finding
 
 Scalar = str | int | float | bool
@@ -39,6 +39,7 @@ class Recipe(Section):
         description="tokens whose rows of embedding and head are trained too; auto takes those of the template that "
         "the base never learned",
     )
+    objective: Objective = Objective()
     data: Data
     train: Train
     evaluate: Evaluate = Evaluate()
@@ -51,8 +52,14 @@ class Recipe(Section):
         """The recipe as plain values with every default filled in; written as YAML it loads to an equal recipe."""
         tree = self.model_dump()
         adapter = tree["adapter"]
-        tree["adapter"] = {"method": adapter["method"], **adapter["fields"]}
+        tree["adapter"] = {"method": adapter["method"], "start_from": adapter["start_from"], **adapter["fields"]}
+        tree["objective"] = {"method": self.objective.method, **self.objective.settings()}
         return tree
+
+    @property
+    def unit_tokens(self) -> int:
+        """The most tokens of what a step takes at once: a sample's, or both texts of a pair."""
+        return self.train.max_length * (2 if self.objective.rows == "pairs" else 1)
 
 
 class Located(NamedTuple):
@@ -118,7 +125,8 @@ def _judged(tree: dict[str, Any], origins: sources.Origins) -> tuple[Recipe | No
 def _validated(tree: dict[str, Any], fields: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
     """The models' verdict; PEFT's own fields were judged before and travel as one value."""
     if isinstance(tree.get("adapter"), dict):
-        tree = {**tree, "adapter": {"method": adapter_fields.METHOD, "fields": fields}}
+        start = {key: value for key, value in tree["adapter"].items() if key == adapter_fields.START}
+        tree = {**tree, "adapter": {"method": adapter_fields.METHOD, "fields": fields, **start}}
     try:
         return Recipe.model_validate(tree), []
     except ValidationError as error:

@@ -20,6 +20,7 @@ from finetune.recipe.words import Finding, describe, did_you_mean, mend, nearest
 
 METHOD = "lora"  # the one method that can be trained, merged and proven
 
+START = "start_from"  # ours, not PEFT's
 # LoRA fields whose effect ``merge`` can fold exactly.
 FOLDED = (
     "r",
@@ -82,7 +83,7 @@ def check(section: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
     if "method" in section and method != METHOD:
         return {}, [_refused_method(method)]
     known = methods()[METHOD]
-    written = {key: value for key, value in section.items() if key != "method"}
+    written = {key: value for key, value in section.items() if key not in ("method", START)}
     findings = [_missing(key) for key in ("method", *REQUIRED) if key not in section]
     for key, value in written.items():
         findings += _field(key, value, known)
@@ -103,7 +104,13 @@ def defaults() -> dict[str, Any]:
 def schema() -> dict[str, Any]:
     """JSON schema of the section for the installed PEFT."""
     known = methods()[METHOD]
-    properties: dict[str, Any] = {"method": {"const": METHOD, "type": "string", "description": "PEFT method"}}
+    properties: dict[str, Any] = {
+        "method": {"const": METHOD, "type": "string", "description": "PEFT method"},
+        START: {
+            "anyOf": [{"type": "string"}, {"type": "null"}], "default": None,
+            "description": "the finished run or adapter whose weights it begins with",
+        },
+    }  # fmt: skip
     for key in FOLDED:
         if key in known:
             properties[key] = {**_fragment(key, known), "description": f"PEFT's LoraConfig.{key}"}

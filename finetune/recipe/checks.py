@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.recipe import judging, keeping, paths
+from finetune.recipe import judging, keeping, objective_keys, paths
 from finetune.recipe.words import Finding, shown
 from finetune.recipe.yamlfile import KeyPath
 
@@ -30,6 +30,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _quantize(tree)
     yield from judging.check(tree)
     yield from keeping.check(tree)
+    yield from objective_keys.check(tree)
     yield from paths.check(tree)
 
 

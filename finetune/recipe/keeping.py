@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from finetune.recipe import objective_keys
 from finetune.recipe.words import Finding, shown
 
 
@@ -31,7 +32,8 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
         what = f"nothing is judged on the way: evaluate.every is {every}, train.steps is {steps}"
         yield Finding(at, what, "lower evaluate.every")
     by, metrics = section.get("best_by", "loss"), section.get("metrics", ["loss"])
-    if isinstance(by, str) and isinstance(metrics, list) and by not in metrics:
-        named = ", ".join(str(one) for one in metrics)
+    measured = [*metrics, *objective_keys.scores(tree)] if isinstance(metrics, list) else []
+    if isinstance(by, str) and isinstance(metrics, list) and by not in measured:
+        named = ", ".join(str(one) for one in measured)
         fix = f"name one that is ({named}), or add it to evaluate.metrics"
         yield Finding(("evaluate", "best_by"), f"{shown(by)} is not measured", fix)

@@ -25,6 +25,9 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     """Faults of ``model``, ``data.*_path`` and ``output``; values of a wrong type are somebody else's to report."""
     if isinstance(model := tree.get("model"), str):
         yield from _model(model)
+    adapter = tree.get("adapter")
+    if isinstance(adapter, dict) and isinstance(start := adapter.get("start_from"), str):
+        yield from _start(start, tree.get("output"))
     data = tree.get("data")
     paths = data if isinstance(data, dict) else {}
     for key in ("train_path", "eval_path"):
@@ -92,6 +95,19 @@ def _rows(at: KeyPath, name: str) -> Iterator[Finding]:
         return
     elif not os.path.isfile(name):  # noqa: PTH113 - false, not an error, for a name too long for the file system
         yield Finding(at, f"no such file: {shown(name)}", _near(name))
+
+
+def _start(name: str, output: object) -> Iterator[Finding]:
+    """A folder; whether it holds a finished run is asked where one is begun from it."""
+    at: KeyPath = ("adapter", "start_from")
+    if not name:
+        yield Finding(at, "the path is empty", "name a finished run's folder")
+    elif _URL.match(name):
+        yield Finding(at, "a URL is not accepted", "fetch the adapter first and name its folder here")
+    elif any(_control(name)):
+        yield Finding(at, f"holds a control character: {shown(name)}", "remove it")
+    elif isinstance(output, str) and os.path.normpath(name) == os.path.normpath(output):
+        yield Finding(at, "is the run's own output", "name the run to begin from, and give this one another output")
 
 
 def is_data_id(name: str) -> bool:

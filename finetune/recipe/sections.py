@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from finetune.recipe.objective_keys import DEFAULTS, ROWS
 
 _LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
 
@@ -33,10 +35,63 @@ class Quantize(Section):
     )
 
 
+class Objective(Section):
+    """What is minimised, and that method's own keys; those of other methods are None."""
+
+    method: Literal["sft", "dpo", "orpo", "simpo", "kto"] = Field(
+        default="sft", description="what is learned from: answers, pairs of a better and a worse one, or labels"
+    )
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] | None = Field(
+        default=None, description="dpo: what becomes of a pair's margin"
+    )
+    beta: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="dpo, kto: how dear it is to leave the reference; simpo: the reward's scale; orpo: the weight of "
+        "the odds ratio",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] | None = Field(
+        default=None, description="dpo: share of the pairs that are believed to be swapped"
+    )
+    length_normalised: bool | None = Field(
+        default=None, description="dpo: a text counts by its mean per token, not by its sum; ipo is defined so"
+    )
+    gamma: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="simpo: the margin that is wanted between the rewards"
+    )
+    desirable_weight: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="kto: weight of wanted answers in the loss"
+    )
+    undesirable_weight: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="kto: weight of unwanted answers in the loss"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, given: Any) -> Any:
+        """What the method has and the recipe leaves out."""
+        if not isinstance(given, dict):
+            return given
+        method = given.get("method", "sft")
+        defaults = dict(DEFAULTS.get(method, {})) if isinstance(method, str) else {}
+        if given.get("loss") == "ipo":
+            defaults["length_normalised"] = True
+        return defaults | {key: value for key, value in given.items() if value is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """The method's own keys."""
+        return {key: getattr(self, key) for key in DEFAULTS[self.method]}
+
+    @property
+    def rows(self) -> str:
+        """What it trains on: answers, pairs or labels."""
+        return ROWS[self.method]
+
+
 class Adapter(Section):
     """A PEFT method and that method's own fields, PEFT's defaults filled in."""
 
     method: str = Field(description="PEFT method")
+    start_from: str | None = Field(default=None, description="the finished run or adapter whose weights it begins with")
     fields: dict[str, Any] = Field(description="the method's own PEFT field names")
 
 

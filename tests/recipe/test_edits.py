@@ -18,9 +18,10 @@ RECIPES = [path for path in sorted((REPOSITORY / "recipes").glob("*.yaml")) if "
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder that holds the data the shipped recipes name."""
-    (tmp_path / "data" / "dates").mkdir(parents=True)
-    for name in ("train", "eval"):
-        (tmp_path / "data" / "dates" / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
+    for place in ("dates", "preferences"):
+        (tmp_path / "data" / place).mkdir(parents=True)
+        for name in ("train", "eval"):
+            (tmp_path / "data" / place / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

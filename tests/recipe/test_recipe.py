@@ -76,9 +76,10 @@ def test_resolved_recipe_reloads_equal(path: Path, monkeypatch: pytest.MonkeyPat
 
 def with_data(folder: Path) -> Path:
     """A working folder with the files that the shipped recipes name."""
-    (folder / "data" / "dates").mkdir(parents=True)
-    for name in ("train", "eval"):
-        (folder / "data" / "dates" / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
+    for place in ("dates", "preferences"):
+        (folder / "data" / place).mkdir(parents=True)
+        for name in ("train", "eval"):
+            (folder / "data" / place / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
     (folder / "data" / "samples").mkdir()
     (folder / "data" / "samples" / "alpaca.jsonl").write_text("{}\n")
     return folder
@@ -87,7 +88,7 @@ def with_data(folder: Path) -> Path:
 def test_list_of_keys_is_frozen() -> None:
     """A new key is a promise to keep: add it here, to the docs and to a shipped recipe together."""
     adapter = (
-        "method r lora_alpha lora_dropout target_modules exclude_modules use_rslora use_dora rank_pattern "
+        "method start_from r lora_alpha lora_dropout target_modules exclude_modules use_rslora use_dora rank_pattern "
         "alpha_pattern init_lora_weights layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out"
     )
     train = (
@@ -103,6 +104,7 @@ def test_list_of_keys_is_frozen() -> None:
         "quantize": "weights double compute",
         "adapter": adapter,
         "trainable_tokens": None,
+        "objective": "method loss beta label_smoothing length_normalised gamma desirable_weight undesirable_weight",
         "data": "train_path sources eval_path eval_split eval_fraction format columns train_on thinking literal_tokens "
         "over_length",
         "train": train,

@@ -32,6 +32,10 @@ def swap(old: str, new: str) -> Callable[[str], str]:
     return edit
 
 
+def _loss_alone(text: str) -> str:
+    return swap("[loss, exact_match]", "[loss]")(text)
+
+
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
 
 # name → edit of BASE, where the fault must point, words it must hold
@@ -159,7 +163,70 @@ def test_catalogue_of_bad_recipes(name: str) -> None:
         assert len(found) == 1 or name.startswith(("25", "26")), "\n".join(found)
 
 
+def aimed(keys: str, more: Callable[[str], str] = lambda text: text) -> Callable[[str], str]:
+    """The recipe with an objective as its first section."""
+    return lambda text: f"objective: {{{keys}}}\n{more(text)}"
+
+
 MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "objective typo": (aimed("method: dop"), "r.yaml:1:13: objective.method", "mean 'dpo'?"),
+    "key of another objective": (aimed("method: orpo, gamma: 1.0"), "r.yaml:1:27: objective.gamma", "no meaning with"),
+    "smoothing without effect": (
+        aimed("method: dpo, loss: ipo, label_smoothing: 0.1"),
+        "r.yaml:1:37: objective.label_smoothing",
+        "no meaning with the loss ipo",
+    ),
+    "robust against nothing": (
+        aimed("method: dpo, loss: robust"),
+        "r.yaml:1:1: objective.label_smoothing",
+        "share of swapped pairs",
+    ),
+    "pairs from a format without": (
+        aimed("method: dpo", swap("data:\n", "data:\n  format: chat\n")),
+        "r.yaml:11:3: data.format",
+        "dpo trains on pairs, which chat rows are not",
+    ),
+    "labels of a pair": (
+        aimed("method: kto", lambda text: swap("data:\n", "data:\n  format: preference\n")(_loss_alone(text))),
+        "r.yaml:11:3: data.format",
+        "kto trains on labels",
+    ),
+    "answers from a format of pairs": (
+        swap("data:\n", "data:\n  format: preference\n"),
+        "r.yaml:10:3: data.format",
+        "sft trains on answers",
+    ),
+    "prompts in a pair's loss": (
+        aimed("method: dpo", swap("data:\n", "data:\n  train_on: all\n")),
+        "r.yaml:11:3: data.train_on",
+        "dpo judges answers",
+    ),
+    "half a pair cut": (
+        aimed("method: simpo", swap("data:\n", "data:\n  over_length: split\n")),
+        "r.yaml:11:3: data.over_length",
+        "whole answers",
+    ),
+    "no room for a pair": (
+        aimed("method: dpo", swap("  seed: 7", "  micro_batch_tokens: 300")),
+        "r.yaml:20:3: train.micro_batch_tokens",
+        "both texts of a pair",
+    ),
+    "a zero point of one answer": (
+        aimed("method: kto", lambda text: swap("step: 8", "step: 1")(_loss_alone(text))),
+        "r.yaml:15:3: train.examples_per_step",
+        "the other answers of a step",
+    ),
+    "exact match with an unwanted answer": (aimed("method: kto"), "r.yaml:22:19: evaluate.metrics[1]", "an unwanted"),
+    "begin from the output": (
+        swap("  r: 8", "  start_from: runs/tiny\n  r: 8"),
+        "r.yaml:7:3: adapter.start_from",
+        "the run's own output",
+    ),
+    "begin from a URL": (
+        swap("  r: 8", "  start_from: hf://a/b\n  r: 8"),
+        "r.yaml:7:3: adapter.start_from",
+        "a URL is not accepted",
+    ),
     "steps and epochs": (swap("  seed: 7", "  epochs: 1"), "r.yaml:19:3: train.epochs", "together with steps"),
     "neither": (swap("  steps: 12\n", ""), "r.yaml:12:1: train.steps", "steps or epochs must be given"),
     "two batch sizes": (

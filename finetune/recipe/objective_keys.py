@@ -1,0 +1,120 @@
+"""The recipe's ``objective:``: which keys a method has, their defaults, and what it asks of other keys.
+
+A key that a method does not know is refused; what is left out takes that method's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetune.recipe.words import Finding
+from finetune.recipe.yamlfile import KeyPath
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "dpo": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "length_normalised": False},
+    "orpo": {"beta": 0.1},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+}
+"""Method → its keys. Those of the papers: DPO, ORPO and KTO 0.1, SimPO 2 with a margin of half of it."""
+ROWS = {"sft": "answers", "dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels"}
+"""Method → what it trains on."""
+_SCORES = {
+    "pairs": ("preference_accuracy", "reward_accuracy", "reward_margin"),
+    "labels": ("reward_accuracy", "reward_margin"),
+}  # fmt: skip
+FORMATS = {"pairs": ("preference",), "labels": ("kto",)}
+"""What a method trains on → the formats that have it; every other format has answers."""
+EXTRA_PASSES = {"dpo": 1, "kto": 3}
+"""Forward passes without gradients in each step, beside the one that trains: the reference's, and those of KTO's zero
+point."""
+
+
+def scores(tree: dict[str, Any]) -> tuple[str, ...]:
+    """What the metric ``loss`` measures beside it, where rows judge answers."""
+    section = tree.get("objective", {})
+    method = section.get("method", "sft") if isinstance(section, dict) else None
+    return _SCORES.get(ROWS.get(method, ""), ()) if isinstance(method, str) else ()
+
+
+def check(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Every fault; values of a wrong type are somebody else's to report."""
+    section = tree.get("objective", {})
+    method = section.get("method", "sft") if isinstance(section, dict) else None
+    if not isinstance(method, str) or method not in DEFAULTS:
+        return
+    every = {key for keys in DEFAULTS.values() for key in keys}
+    for key, value in section.items():
+        if key in every and key not in DEFAULTS[method] and value is not None:
+            yield Finding(("objective", key), f"has no meaning with {method}", "remove it")
+    if method == "dpo":
+        yield from _smoothing(section)
+    train = tree.get("train")
+    if method == "kto" and isinstance(train, dict) and train.get("examples_per_step") == 1:
+        what = "kto takes its zero point from the other answers of a step"
+        yield Finding(("train", "examples_per_step"), what, "give it two at least, better 16 or more")
+    yield from _formats(tree, method)
+    if method != "sft":
+        yield from _single_answers(tree, method)
+        yield from _room(tree, method)
+
+
+def _smoothing(section: dict[str, Any]) -> Iterator[Finding]:
+    at, loss, share = ("objective", "label_smoothing"), section.get("loss"), section.get("label_smoothing")
+    if loss in ("ipo", "hinge") and share:
+        yield Finding(at, f"has no meaning with the loss {loss}", "remove it, or take sigmoid or robust")
+    if loss == "robust" and not share:
+        yield Finding(at, "missing: robust corrects for a share of swapped pairs", "add it, or take sigmoid")
+
+
+def _formats(tree: dict[str, Any], method: str) -> Iterator[Finding]:
+    """A format that is named must have what the method trains on; of ``auto`` each row says what it is."""
+    data, rows = tree.get("data"), ROWS[method]
+    if not isinstance(data, dict):
+        return
+    sources = data.get("sources")
+    named: list[tuple[KeyPath, Any]] = [(("data", "format"), data.get("format"))]
+    for index, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict):
+            named.append((("data", "sources", index, "format"), source.get("format")))
+    special = [name for names in FORMATS.values() for name in names]
+    for at, found in named:
+        if not isinstance(found, str) or found == "auto":
+            continue
+        if rows in FORMATS and found not in FORMATS[rows]:
+            yield Finding(at, f"{method} trains on {rows}, which {found} rows are not", f"use {FORMATS[rows][0]}")
+        elif rows == "answers" and found in special:
+            yield Finding(at, f"sft trains on answers, and {found} rows judge them", "choose another objective.method")
+
+
+def _single_answers(tree: dict[str, Any], method: str) -> Iterator[Finding]:
+    """An answer is judged whole, given what was asked: nothing of either may be cut, and the prompt is not trained."""
+    data, wanted = tree.get("data"), tree.get("evaluate")
+    data = data if isinstance(data, dict) else {}
+    if data.get("train_on") == "all":
+        yield Finding(("data", "train_on"), f"{method} judges answers, not what was asked", "use assistant or last")
+    if data.get("over_length") in ("truncate_turns", "split"):
+        yield Finding(("data", "over_length"), f"{method} compares whole answers to one prompt", "use error or drop")
+    metrics = wanted.get("metrics") if isinstance(wanted, dict) else None
+    for at, metric in enumerate(metrics if isinstance(metrics, list) else []):
+        if method == "kto" and metric == "exact_match":
+            yield Finding(("evaluate", "metrics", at), "a kto row may hold an unwanted answer", "remove it")
+
+
+def _room(tree: dict[str, Any], method: str) -> Iterator[Finding]:
+    """Both texts of a pair go through the model at once."""
+    train = tree.get("train")
+    if not isinstance(train, dict) or ROWS[method] != "pairs":
+        return
+    length = _number(train.get("max_length"))
+    for key in ("tokens_per_step", "micro_batch_tokens"):
+        tokens = _number(train.get(key))
+        if tokens is not None and length is not None and length <= tokens < 2 * length:
+            what = f"must hold both texts of a pair, each up to max_length ({length}); found {tokens}"
+            yield Finding(("train", key), what, "raise it")
+
+
+def _number(value: Any) -> int | float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,18 @@ def train(base: Path, case: str, group: peers.Peers, objective: Any) -> tuple[li
     return events, recorder.gradients
 
 
-class Failing(tiny.Watched):
-    """The second process meets a loss that is not a number in its third micro-batch."""
+class Failing:
+    """The real objective; the second process meets a loss that is not a number in its third micro-batch."""
+
+    batches, begin = staticmethod(sft.batches), staticmethod(sft.begin)
 
     def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
+        self.rank, self.met = rank, 0
 
     def loss(self, policy: Any, batch: Any) -> Any:
-        result = super().loss(policy, batch)
-        if (self.rank and any(row.endswith(":9") for row in batch.rows)) or (self.rank and len(self.rows) > 2):
-            return type(result)(**{**vars(result), "total": result.total * torch.nan})
-        return result
+        result = sft.loss(policy, batch)
+        self.met += 1
+        return replace(result, total=result.total * torch.nan) if self.rank == 1 and self.met > 2 else result
 
 
 if __name__ == "__main__":

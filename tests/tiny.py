@@ -107,8 +107,7 @@ class Watched:
     rows: list[tuple[str, ...]] = field(default_factory=list)
     totals: list[float] = field(default_factory=list)
 
-    def collate(self, examples: Sequence[Example]) -> sft.Batch:
-        return sft.collate(examples)
+    batches, begin = staticmethod(sft.batches), staticmethod(sft.begin)
 
     def loss(self, policy: Policy, batch: sft.Batch) -> sft.StepLoss:
         result = sft.loss(policy, batch)

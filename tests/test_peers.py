@@ -45,9 +45,12 @@ def start(base: Path, out: Path, world: int) -> None:
         )
         for rank in range(world)
     ]  # fmt: skip
-    for one in started:
-        _, err = one.communicate(timeout=250)
-        assert one.returncode == 0, err
+    try:
+        said = [one.communicate(timeout=250)[1] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0] * world, "\n".join(said)
 
 
 def gradients(folder: Path, rank: int) -> list[dict[str, torch.Tensor]]:

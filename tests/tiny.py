@@ -16,7 +16,7 @@ from finetune.dataset import Example
 from finetune.loading import BaseForm
 from finetune.loop import Course, StepDone, run
 from finetune.model import Policy
-from finetune.objectives import sft
+from finetune.objectives import Batch, StepLoss, sft
 from finetune.renderer import Renderer
 from finetune.tokenizer import load_tokenizer
 
@@ -107,9 +107,13 @@ class Watched:
     rows: list[tuple[str, ...]] = field(default_factory=list)
     totals: list[float] = field(default_factory=list)
 
-    batches, begin = staticmethod(sft.batches), staticmethod(sft.begin)
+    def batches(self, examples: Sequence[Example], limit: int) -> list[Batch]:
+        return sft.batches(examples, limit)
 
-    def loss(self, policy: Policy, batch: sft.Batch) -> sft.StepLoss:
+    def begin(self, policy: Policy, batches: list[Batch]) -> list[Batch]:
+        return sft.begin(policy, batches)
+
+    def loss(self, policy: Policy, batch: Batch) -> StepLoss:
         result = sft.loss(policy, batch)
         self.rows.append(batch.rows)
         self.totals.append(result.total.item())

@@ -76,9 +76,7 @@ def site(layer: Any) -> AnySite | None:
             b=layer.lora_B[name].weight, dropout=dropout,
             seed=int(torch.randint(2**62, ())) if dropout else 0,
         )  # fmt: skip
-    if isinstance(
-        layer, BaseTunerLayer
-    ):  # another method's; some are linears too, and while they rest nothing is trained
+    if isinstance(layer, BaseTunerLayer):  # another method's: some are linears, and at rest nothing in them is trained
         return None
     frozen = isinstance(layer, torch.nn.Linear) and not any(value.requires_grad for value in layer.parameters())
     return Site(base=layer, scaling=0.0, a=None, b=None) if frozen else None

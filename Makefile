@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test coverage setup base tiny-base lint types docs-check test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks site pictures clean
+.PHONY: quickstart test coverage setup base tiny-base lint types docs-check capabilities test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks site pictures clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -43,6 +43,11 @@ types: setup
 
 docs-check: setup
 	$(RUN)/python -m pytest -q tests/test_docs.py tests/test_house.py tests/recipe/test_recipe.py
+
+# Every PEFT method on every form of base, written to docs/capabilities.md and to what `finetune plan` refuses. Goes on
+# where it was interrupted; a few minutes on two idle cores.
+capabilities: setup
+	$(RUN)/python benchmarks/capabilities.py
 
 # The quickstart's own promises, on the fetched base.
 test-real: base

@@ -53,7 +53,15 @@ def resolve(located: Located, base: Base, renderer: Renderer, met: Collection[in
         RecipeError: a name that is no token, or rows that the adapter trains already.
     """
     wanted, where = located.recipe.trainable_tokens, located.where("trainable_tokens")
-    taken = _trained_whole(located)
+    taken, method = _trained_whole(located), located.recipe.adapter.method
+    if method != "lora":
+        if isinstance(wanted, list) and wanted:
+            raise RecipeError(f"PEFT trains no rows beside {method}", where, "remove trainable_tokens, or take lora")
+        found = untrained(base, template_tokens(renderer, met), _unused(base, renderer)) if not taken else {}
+        note = (
+            f"{', '.join(found)} look untrained in this base, and {method} cannot train rows: the model may never end"
+        )
+        return ControlTokens(ids={}, notes=(note,) if found else ())
     if isinstance(wanted, list):
         if taken and wanted:
             raise RecipeError(f"{taken} is trained by the adapter already", where, "remove trainable_tokens")

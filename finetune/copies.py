@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from finetune import checkpoint, identity, manifest
+from finetune import checkpoint, identity, manifest, starts
 from finetune.errors import EnvironmentFault, Fault, FinetuneError
 from finetune.identity import Identity
 from finetune.runfolder import RunFolder, disk_fault, make_folder, remove, sync_folder, write_synced
@@ -252,12 +252,13 @@ class Copies:
 def snapshot(folder: RunFolder, step: int, place: Path) -> None:
     """The run's files at ``place``, as they are now: hard links, or copies where there are none.
 
-    The checkpoint of ``step`` (0: none), the best adapter, the finished one, and what tells of the run; no tracker's
-    files.
+    The checkpoint of ``step`` (0: none), the best adapter, the finished one, what it began with, and what tells of the
+    run; no tracker's files.
     """
     make_folder(place)
     whole = [folder.checkpoints / checkpoint.folder_name(step)] if step else []
-    whole += [path for path in (*folder.checkpoints.glob("best-*"), folder.adapter) if not manifest.faults(path)]
+    began = folder.root / starts.FOLDER
+    whole += [path for path in (*folder.checkpoints.glob("best-*"), folder.adapter, began) if not manifest.faults(path)]
     named = (path for path in folder.root.iterdir() if _PART.fullmatch(path.name) and ".tmp-" not in path.name)
     loose = [path for path in named if path.is_file()]
     for path in (*loose, *(path for part in whole for path in part.iterdir())):

@@ -57,6 +57,11 @@ def refuse_unroutable(runs: Sequence[Located]) -> None:
         what = "without kernels each adapter goes through the base by itself, and nothing is shared"
         raise RecipeError(what, runs[0].where("train.kernels"), f"remove it, {_ALONE}")
     faults = [
+        Fault(f"only LoRA's adapters can share a pass (adapter {run.name})", run.where("adapter.method"), _ALONE[3:])
+        for run in runs
+        if run.recipe.adapter.method != "lora"
+    ]
+    faults += [
         Fault(f"{why} (adapter {run.name})", run.where(f"adapter.{key}"), f"{fix}, {_ALONE}")
         for run in runs
         for key, (why, fix) in _UNROUTABLE.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune import beginning, loading
+from finetune import beginning, loading, methods
 from finetune import tokenizer as tokenizers
 from finetune.base import Base
 from finetune.errors import ModelError
@@ -197,21 +197,21 @@ def _policy(base: Base, model: Any) -> Policy:
 
 
 def attach(
-    policy: Policy, fields: dict[str, Any], seed: int, *, kernels: bool = True, compiled: bool = False
-) -> Policy:
+    policy: Policy, fields: dict[str, Any], seed: int, *, method: str = "lora", kernels: bool = True,
+    compiled: bool = False,
+) -> Policy:  # fmt: skip
     """A fresh adapter on the base. Its start depends on ``seed`` alone; its weights are fp32 masters.
 
     Without ``kernels`` every pass is computed as transformers and PEFT do it; ``compiled``: their pointwise parts.
     """
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(policy.model, LoraConfig(task_type="CAUSAL_LM", **fields))
-    except ValueError as error:
-        raise ModelError(
-            f"PEFT cannot attach the adapter: {error}", "adapter", "see `finetune plan` for targets"
-        ) from None
+        model = methods.put_on(policy.model, methods.config(method, fields))
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        what, fix = f"PEFT cannot attach the adapter: {error}", "see `finetune plan` for targets"
+        raise ModelError(what, "adapter", fix) from None
     return _adapted(policy, model, kernels=kernels, compiled=compiled)
 
 
@@ -231,15 +231,15 @@ def attach_saved(policy: Policy, folder: Path) -> Policy:
     Raises:
         ModelError: keys that match nothing, or places that the file has no weights for.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import PeftConfig
     from safetensors.torch import load_file
 
-    config = LoraConfig.from_pretrained(folder)
+    config = PeftConfig.from_pretrained(folder)
     config.inference_mode = False
     config.base_model_name_or_path = policy.model.name_or_path  # its digests were compared; the folder may have moved
     try:
-        model = get_peft_model(policy.model, config)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:  # what a strange config leads to there
+        model = methods.put_on(policy.model, config)
+    except Exception as error:  # noqa: BLE001 - what a strange config leads to there
         raise ModelError(f"PEFT cannot attach it: {error}", str(folder), "fetch the adapter again") from None
     adapted = _adapted(policy, model)
     load_adapter(model, load_file(folder / "adapter_model.safetensors"), folder)
@@ -277,7 +277,8 @@ def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
 
     # False: a LoRA on the head is no reason to save the head itself.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: state[name].detach().to("cpu").contiguous() for name in sorted(state)}
+    # Copies: Lily's layers share matrices, of which a file has each by itself.
+    return {name: state[name].detach().to("cpu", copy=True).contiguous() for name in sorted(state)}
 
 
 def adapter_config(model: Any, base_name: str) -> dict[str, Any]:

@@ -32,7 +32,8 @@ _BITSANDBYTES = {
 
 @dataclass(frozen=True)
 class Tensors:
-    """``count`` tensors of ``elements`` values each. ``role``: A, B, magnitude (DoRA's), or whole (anything else)."""
+    """``count`` tensors of ``elements`` values each. ``role``: A, B, magnitude (DoRA's), frozen (kept beside what a
+    method trains), or whole (anything else)."""
 
     role: str
     elements: int
@@ -95,7 +96,7 @@ def _lora_fa(model: Any, common: dict[str, Any]) -> torch.optim.Optimizer:
 
 def is_trained(kind: str, role: str) -> bool:
     """Whether the optimizer moves tensors of that role at all."""
-    return not (kind == "lora_fa" and role == "A")
+    return role != "frozen" and not (kind == "lora_fa" and role == "A")
 
 
 def state_bytes(kind: str, tensors: Sequence[Tensors]) -> int:
@@ -128,10 +129,10 @@ def notes(kind: str, tensors: Sequence[Tensors], device: str) -> list[str]:
         said.append(f"{kind}: its states may move to the machine's memory while the card is full")
     elif kind.startswith("paged"):
         said.append(f"{kind}: without a card there is nothing to page; the arithmetic is the same")
-    small = sum(one.parameters for one in tensors if not _is_8bit(kind, one))
+    small = sum(one.parameters for one in tensors if one.role != "frozen" and not _is_8bit(kind, one))
     if kind.endswith("8bit") and small:
         said.append(f"{kind}: {small:,} parameters in tensors below {MIN_8BIT:,} keep 32-bit states")
-    frozen = sum(one.parameters for one in tensors if not is_trained(kind, one.role))
+    frozen = sum(one.parameters for one in tensors if one.role == "A" and not is_trained(kind, "A"))
     if frozen:
         said.append(f"{kind}: the A matrices ({frozen:,} parameters) stay as they begin")
     return said

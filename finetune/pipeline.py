@@ -277,3 +277,10 @@ def convert(source: Path, out: Path, layout: str, terminal: Terminal) -> None:
     from finetune import convert as conversion
 
     conversion.convert(source, out, layout, terminal)
+
+
+def to_lora(source: Path, out: Path, rank: int, terminal: Terminal, **bare: Any) -> dict[str, Any]:
+    """Write an adapter of any method as LoRA of a rank; ``bare`` as of ``trained.of_adapter``."""
+    from finetune import as_lora
+
+    return as_lora.convert(source, out, rank, terminal, **bare)

@@ -14,15 +14,16 @@ from typing import Any
 
 from finetune import budget, fitting, optimizer, schedule, speed, targets
 from finetune.budget import Budget, Load, Need, Pass
-from finetune.decoder import LINEARS, DecoderShape
+from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
 from finetune.optimizer import Tensors
-from finetune.recipe import Located, Recipe
+from finetune.recipe import Located, Recipe, adapter_methods, adapter_source
 from finetune.recipe.objective_keys import EXTRA_PASSES
 from finetune.schedule import Part
 from finetune.speed import Work
 from finetune.targets import Target
+from finetune.terminal import clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,7 @@ def make(
     memory = predicted(need, fitted.layers, offload, done, full)
     kind = recipe.train.optimizer
     whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
+    notes = [*notes, *(f"PEFT says: {clean(one)}" for one in selection.said)]
     remarks = [*notes, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device)]
     remarks += _aim(recipe)
     if selection.whole:
@@ -144,9 +146,7 @@ def make(
     chosen = [index for step in steps for index in step] if steps and load else []
     tokens = sum(load.lengths[i] for i in chosen) if load else None
     remarks += shares(load, chosen) if load else []
-    fields = dict(recipe.adapter.fields)
-    if fields.get("target_modules") in (None, "all-linear"):
-        fields["target_modules"] = list(LINEARS)
+    fields = targets.fields_of(recipe.adapter.method, dict(recipe.adapter.fields))
     if rows:
         fields["trainable_token_indices"] = rows
     return Plan(
@@ -160,12 +160,12 @@ def make(
         counted="pairs" if recipe.objective.rows == "pairs" else "samples",
         supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
         targets=selection.targets, whole_parameters=whole,
-        frozen_parameters=sum(one.parameters for one in tensors if not optimizer.is_trained(kind, one.role)),
+        frozen_parameters=sum(one.parameters for one in tensors if one.role == "A") if kind == "lora_fa" else 0,
         adapter_fields=fields,
         budget=memory, free_memory=hardware.free_memory,
         seconds=speed.seconds(need, fitted.layers, done) if done else None,
         output=recipe.output, output_bytes=budget.output_bytes(recipe, tensors),
-        notes=tuple(remarks), unchecked=tuple(unchecked),
+        notes=tuple(remarks), unchecked=(*unchecked, *_uncounted(selection, recipe)),
     )  # fmt: skip
 
 
@@ -221,6 +221,11 @@ def _aim(recipe: Recipe) -> list[str]:
     return [f"objective {chosen.method} ({settings}): {parts}{seen}"]
 
 
+def _uncounted(selection: targets.Selection, recipe: Recipe) -> list[str]:
+    method = recipe.adapter.method
+    return [] if selection.known else [f"how much {method} trains: PEFT must see the weights to know"]
+
+
 def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
     found = []
     if hardware.device == "cpu":
@@ -228,8 +233,15 @@ def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
     if compute == "fp16":
         chosen = recipe.quantize.compute == "auto" and recipe.quantize.weights != "fp16"
         found.append(f"fp16 with loss scaling, {'since this device has no bf16' if chosen else 'as the recipe says'}")
-    fields = recipe.adapter.fields
-    reason = "DoRA" if fields.get("use_dora") else "a trained bias" if fields.get("lora_bias") else ""
+    method, fields = recipe.adapter.method, recipe.adapter.fields
+    found += adapter_methods.remarks(method, fields, recipe.quantize.weights, adapter_source.version())
+    if method != "lora":
+        found.append(f"{method} goes through PEFT's own forward; what that keeps in memory, plan --probe measures")
+        return found
+    start = adapter_methods.start_of(fields)
+    if start in adapter_methods.OFF_BASE:
+        found.append(f"{start}: the start is taken off beside the base; the finished adapter has twice the rank")
+    reason = "DoRA" if fields.get("use_dora") else start if start in (*adapter_methods.OFF_BASE, "mica") else ""
     if reason:
         found.append(f"the fused LoRA step is off: {reason}; PEFT's own forward is used")
     return found

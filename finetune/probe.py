@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune import hardware, loop, model, plan, speed
+from finetune import hardware, loop, model, plan, speed, starts
 from finetune import optimizer as optimizers
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.fallback import Setting
@@ -87,8 +87,15 @@ def _measure(prepared: Prepared, policy: Policy, setting: Setting, samples: tupl
     """(peak bytes over both steps, seconds of the second)."""
     wanted, chosen = prepared.recipe.train, prepared.plan
     assert prepared.samples is not None
+    method = prepared.recipe.adapter.method
+    fields = starts.plain(chosen.adapter_fields) if method == "lora" else chosen.adapter_fields
     policy = model.attach(
-        policy, chosen.adapter_fields, wanted.seed, kernels=wanted.kernels != "off", compiled=wanted.compile is True
+        policy,
+        fields,
+        wanted.seed,
+        method=method,
+        kernels=wanted.kernels != "off",
+        compiled=wanted.compile is True,
     )
     setting.apply(policy)
     optimizer = optimizers.make(

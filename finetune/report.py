@@ -20,7 +20,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{'target':<12}{'modules':>8}{'shape':>16}{'base':>12}{'adapter':>12}{'in fp32':>10}",
     ]
     for target in plan.targets:
-        shape = f"{target.shape[0]}×{target.shape[1]}"
+        shape = f"{target.shape[0]}×{target.shape[1]}" if target.base_parameters else ""
         lines.append(
             f"{target.module:<12}{target.count:>8}{shape:>16}{amount(target.base_parameters):>12}"
             f"{amount(target.adapter_parameters):>12}{size(target.adapter_parameters * 4):>10}"

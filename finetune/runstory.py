@@ -203,7 +203,7 @@ def summary(story: Story) -> str:
     """The run in a few sentences, each of facts that its files hold."""
     plan = story.plan
     recipe = part(story.identity, "recipe")
-    method = {"lora": "LoRA", "dora": "DoRA"}.get(str(recipe.get("adapter.method")), str(recipe.get("adapter.method")))
+    method = {"lora": "LoRA"}.get(str(recipe.get("adapter.method")), str(recipe.get("adapter.method")))
     rank, trained = number(recipe.get("adapter.r")), number(plan.get("trainable_parameters"))
     what = f"A {method} adapter" if recipe.get("adapter.method") else "An adapter"
     what += f" of rank {rank:g}" if rank is not None else ""

@@ -13,6 +13,7 @@ from finetune.options import AsJson, Quiet, RunPath, print_json, terminal
 from finetune.terminal import ByteBar
 
 _BASES, _LAYOUTS = ("auto", "replayed", "original"), ("native", "original")
+_CONVERSIONS = (*_LAYOUTS, "lora")
 _EXPORTS = ("adapter", "huggingface", "gguf", "ollama", "original")
 _OF = {"--target": ("adapter",), "--quantize": ("gguf", "ollama"), "--adapter-only": ("gguf",)}
 """Options of an export, and what they belong to."""
@@ -197,17 +198,43 @@ def verify(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="a model folder, or an adapter's", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="a model folder, an adapter's, or a run's", show_default=False)],
     out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="native (plain transformers) or original (the first Qwen's own)")],
+    to: Annotated[
+        str, typer.Option("--to", help="native (plain transformers), original (the first Qwen's own) or lora")
+    ],
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="of --to lora: the rank that the update gets", min=1)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="of --to lora: the adapter's base, where it is not the one it names")
+    ] = None,
+    quantised_as: Annotated[
+        str | None, typer.Option("--quantised-as", help="of --to lora: nf4, fp4 or int8, as that base was in training")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model or an adapter in the other layout. The numbers stay as they are."""
-    _one_of(to, _LAYOUTS, "--to")
+    """Write a model or an adapter in the other layout, or an adapter of another method as LoRA.
+
+    A layout changes no number. LoRA of a rank is the nearest one: how far each module is off is measured and printed.
+    """
+    _one_of(to, _CONVERSIONS, "--to")
+    _one_of(quantised_as or "nf4", ("nf4", "fp4", "int8"), "--quantised-as")
     from finetune import pipeline
 
-    pipeline.convert(source, out, to, terminal(quiet=quiet, as_json=as_json))
+    screen = terminal(quiet=quiet, as_json=as_json)
+    if to == "lora":
+        if rank is None:
+            raise typer.BadParameter("--to lora needs it", param_hint="--rank")
+        found = pipeline.to_lora(source, out, rank, screen, name=model, quantised_as=quantised_as)
+        if as_json:
+            print_json({"out": str(out)} | found)
+        return
+    of_lora = {"--rank": rank, "--model": model, "--quantised-as": quantised_as}
+    if given := [option for option, value in of_lora.items() if value is not None]:
+        raise typer.BadParameter("is of --to lora", param_hint=given[0])
+    pipeline.convert(source, out, to, screen)
     if as_json:
         print_json({"out": str(out), "layout": to})
 

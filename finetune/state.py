@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, ended, manifest, metrics, model
+from finetune import checkpoint, ended, manifest, metrics, model, starts
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
 from finetune.copies import Copies
@@ -159,12 +159,11 @@ def write_adapter(run: Run, policy: Policy) -> None:
         "rope": recipe.rope,
         "form": {key: value for key, value in asdict(run.form()).items() if key != "device"},
     }
+    weights, config = starts.result(policy.model, run.prepared.plan.model)
     files = {
         checkpoint.PROVENANCE: json_bytes(made),
-        checkpoint.ADAPTER: tensors_to(model.adapter_weights(policy.model), {"format": "pt"}),
-        checkpoint.CONFIG: (
-            json.dumps(model.adapter_config(policy.model, run.prepared.plan.model), indent=2) + "\n"
-        ).encode(),
+        checkpoint.ADAPTER: tensors_to(weights, {"format": "pt"}),
+        checkpoint.CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
     digest = manifest.digest_bytes(files[checkpoint.ADAPTER])
     former = read_json(run.folder.adapter / manifest.NAME) or {"sha256": {}}

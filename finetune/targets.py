@@ -12,9 +12,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune import methods
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import Fault, RecipeError
 from finetune.optimizer import Tensors
+from finetune.recipe import adapter_methods
 
 if TYPE_CHECKING:
     from finetune.recipe import Located
@@ -35,13 +37,15 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """``targets`` get an update of low rank; ``whole`` counts the parameters trained whole (``modules_to_save``);
-    ``tensors`` are those of both.
+    """``targets`` get what the method adds; ``whole`` counts the parameters trained whole (``modules_to_save``);
+    ``tensors`` are those of both; ``known`` is false where PEFT must see the weights to count; ``said``: its remarks.
     """
 
     targets: tuple[Target, ...]
     whole: int
     tensors: tuple[Tensors, ...]
+    known: bool = True
+    said: tuple[str, ...] = ()
 
 
 def select(located: Located, shape: DecoderShape) -> Selection:
@@ -50,6 +54,8 @@ def select(located: Located, shape: DecoderShape) -> Selection:
     Raises:
         RecipeError: names, layers or patterns that match nothing, or what cannot be trained and merged.
     """
+    if located.recipe.adapter.method != "lora":
+        return _by_peft(located, shape)
     fields, names = located.recipe.adapter.fields, modules(shape)
     chosen = [name for name in names if selected(name, fields)]
     faults = [*_target_faults(fields, names, chosen, shape), *_pattern_faults(fields, chosen)]
@@ -63,6 +69,60 @@ def select(located: Located, shape: DecoderShape) -> Selection:
     whole = _whole_sizes(fields, shape)
     tensors = (*_low_rank_tensors(chosen, fields, shape), *(Tensors("whole", size, 1) for size in whole))
     return Selection(targets=targets, whole=sum(whole), tensors=tensors)
+
+
+_ELSEWHERE = ("ia3", "ln_tuning", "beft")
+"""Methods for which PEFT itself knows the modules that fit; all others get all linears where none are named."""
+
+
+def fields_of(method: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the targets that the recipe leaves open."""
+    if "target_modules" in fields and fields["target_modules"] in (None, "all-linear") and method not in _ELSEWHERE:
+        return fields | {"target_modules": list(LINEARS)}
+    return fields
+
+
+def _by_peft(located: Located, shape: DecoderShape) -> Selection:
+    """What another method than LoRA trains, as PEFT counts it. Raises as ``select``."""
+    method, fields = located.recipe.adapter.method, located.recipe.adapter.fields
+    names = modules(shape)
+    linears = [name for name in names if name.rpartition(".")[2] in LINEARS]
+    faults = _target_faults(fields, names, linears, shape)
+    faults += _whole_faults(fields, names, shape, located.recipe.quantize.weights)
+    if faults:
+        raise RecipeError.of([Fault(what, located.where(f"adapter.{key}"), fix) for key, what, fix in faults])
+    plain = fields_of(method, {key: value for key, value in fields.items() if key != "modules_to_save"})
+    try:
+        found = methods.added(method, plain, shape)
+    except ValueError as error:
+        what = f"PEFT refuses these fields of {method} for this model: {error}"
+        raise RecipeError(what, located.where("adapter.method"), "mend them") from None
+    if found and shape.tied and {"lm_head", "model.embed_tokens"} & set(found.modules):
+        what = "matches a matrix that embedding and head share (tied): merging would have to part them"
+        raise RecipeError(what, located.where("adapter.target_modules"), "leave it out")
+    whole = _whole_sizes(fields, shape)
+    tensors = [Tensors("whole", size, 1) for size in whole]
+    if found is None:
+        return Selection(targets=(), whole=sum(whole), tensors=tuple(tensors), known=False)
+    tensors += [Tensors("whole", elements, count) for (_, elements), count in found.trained.items()]
+    tensors += [Tensors("frozen", found.kept, 1)] if found.kept else []
+    kinds: dict[str, list[str]] = {}
+    for name in found.modules:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    targets = [_counted(kind, members, found, shape) for kind, members in kinds.items()]
+    shared = sum(elements * count for (owner, elements), count in found.trained.items() if not owner)
+    if shared:
+        targets.append(Target(module="(shared)", count=1, shape=(0, 0), base_parameters=0, adapter_parameters=shared))
+    return Selection(targets=tuple(targets), whole=sum(whole), tensors=tuple(tensors), said=found.said)
+
+
+def _counted(kind: str, members: list[str], found: methods.Added, shape: DecoderShape) -> Target:
+    size = _size(kind, shape) if kind in (*LINEARS, "lm_head", "embed_tokens") else (1, shape.hidden)
+    trained = sum(elements * count for (owner, elements), count in found.trained.items() if owner in members)
+    return Target(
+        module=kind, count=len(members), shape=size, base_parameters=len(members) * size[0] * size[1],
+        adapter_parameters=trained,
+    )  # fmt: skip
 
 
 def modules(shape: DecoderShape) -> list[str]:
@@ -162,7 +222,7 @@ def _whole_faults(fields: dict[str, Any], names: list[str], shape: DecoderShape,
 
 def _target(kind: str, members: list[str], fields: dict[str, Any], shape: DecoderShape) -> Target:
     out, inside = _size(kind, shape)
-    added = sum(one.parameters for one in _low_rank_tensors(members, fields, shape))
+    added = sum(one.parameters for one in _low_rank_tensors(members, fields, shape) if one.role != "frozen")
     return Target(
         module=kind, count=len(members), shape=(out, inside),
         base_parameters=len(members) * out * inside, adapter_parameters=added,
@@ -183,6 +243,7 @@ def _low_rank_tensors(names: list[str], fields: dict[str, Any], shape: DecoderSh
         found["A", rank * inside] += 1
         found["B", rank * out] += 1
         found["magnitude", out] += bool(fields.get("use_dora"))
+        found["frozen", rank * (inside + out)] += adapter_methods.start_of(fields) in adapter_methods.OFF_BASE
     return [Tensors(role, elements, count) for (role, elements), count in found.items() if count]
 
 

@@ -13,7 +13,20 @@ from typing import Any
 
 import torch
 
-from finetune import best, checkpoint, datasample, devices, ended, fallback, manifest, model, runpage, schedule, state
+from finetune import (
+    best,
+    checkpoint,
+    datasample,
+    devices,
+    ended,
+    fallback,
+    manifest,
+    model,
+    runpage,
+    schedule,
+    starts,
+    state,
+)
 from finetune import optimizer as optimizers
 from finetune import peers as peers_of_job
 from finetune import scores as score_file
@@ -206,12 +219,20 @@ def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None
 
 def attach(run: Run, base: Policy) -> Policy:
     """The recipe's adapter on the base or a view of it: fresh, or with the weights that it begins from."""
-    wanted, start = run.prepared.recipe.train, run.prepared.start
-    policy = model.attach(
-        base, run.prepared.plan.adapter_fields, wanted.seed, kernels=wanted.kernels != "off",
-        compiled=wanted.compile is True,
-    )  # fmt: skip
-    return policy if start is None else model.start_from(policy, start.folder)
+    wanted, fields = run.prepared.recipe.train, run.prepared.plan.adapter_fields
+    method = run.prepared.recipe.adapter.method
+    how: dict[str, Any] = {"kernels": wanted.kernels != "off", "compiled": wanted.compile is True}
+    if not starts.is_made(method, fields):
+        policy, start = model.attach(base, fields, wanted.seed, method=method, **how), run.prepared.start
+        return policy if start is None else model.start_from(policy, start.folder)
+    folder = run.folder.root / starts.FOLDER
+    if not folder.is_dir() and any(run.folder.checkpoints.glob("step-*")):
+        what, fix = "what this adapter began with is gone", "take it from a backup, or give another `output:`"
+        raise ModelError(what, str(folder), fix)
+    if not folder.is_dir() and run.peers.world > 1:
+        what = f"{fields['init_lora_weights']} is made by one process, for all"
+        raise EnvironmentFault(what, str(folder), "take one process to step 1 (--until 1), then go on with several")
+    return starts.attach(folder, base, fields, wanted.seed, run.samples, **how)
 
 
 def recompute(run: Run, policy: Policy) -> None:

@@ -119,6 +119,7 @@ def of_run(folder: Path, terminal: Terminal) -> Trained:
         base=run.base, name=prepared.recipe.model, commit=prepared.commit, sha256=run.identity.base,
         rope=prepared.recipe.rope, form=run.form(), folder=files.adapter,
         rows=held_out.examples if held_out else run.samples, run=run,
+        by_peft=prepared.recipe.adapter.method != "lora",
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from finetune import budget, checkpoint, hardware, loading, shards
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.fold import Fold, Folding, dithered
+from finetune.kernels import frozen_linear
 from finetune.loading import BaseForm
 from finetune.merge import quantised_names
 
@@ -29,6 +30,7 @@ def attach(model: Any, folder: Path) -> Any:
     """PEFT's model of an adapter folder on a base. Raises ModelError where PEFT refuses it."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    frozen_linear.show(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -49,7 +51,24 @@ def apply(
     base: Base, form: BaseForm, folder: Path, out: Path, layout: str, progress: Callable[[int, int], None],
     *, replayed: bool,
 ) -> None:  # fmt: skip
-    """Write the merged shards into the folder ``out``.
+    """Write the merged shards into the folder ``out``. Raises as ``merged``."""
+    state = merged(base, folder, ground(base, form, replayed=replayed))
+
+    def after(name: str, rows: shards.Rows) -> Any:
+        dtype = shards.TORCH_DTYPES[base.tensors[name].dtype]  # what was not changed lies on its grid, and stays
+        return [dithered(state[name].clone(), name) if dtype == torch.bfloat16 else state[name].to(dtype)]
+
+    shards.rewrite(base, out, layout, after, progress)
+
+
+def ground(base: Base, form: BaseForm, *, replayed: bool) -> Folding:
+    """What the adapter is added to: the base as it was trained against, or as published."""
+    names = quantised_names(base) if replayed and form.weights in ("nf4", "fp4", "int8") else []
+    return Folding(folds={name: Fold(replay=True) for name in names}, form=form, weights={})
+
+
+def merged(base: Base, folder: Path, folding: Folding) -> dict[str, torch.Tensor]:
+    """The merged model's tensors by name, fp32.
 
     Raises:
         EnvironmentFault: the model does not fit this machine's memory.
@@ -58,17 +77,10 @@ def apply(
     if need(base) > hardware.detect().free_memory * budget.USABLE:
         what = f"PEFT merges this method in {need(base) / 1e9:.0f} GB of memory, more than is free"
         raise EnvironmentFault(what, str(folder), "merge it on a larger machine")
-    names = quantised_names(base) if replayed and form.weights in ("nf4", "fp4", "int8") else []
-    folding = Folding(folds={name: Fold(replay=True) for name in names}, form=form, weights={})
     held = BaseForm(weights="fp32", double=False, compute="fp32", device="cpu")
-    adapted = attach(loading.load(base, held, change=folding.whole), folder)
+    adapted = attach(loading.load(base, held, change=lambda name, value: folding.whole(name, value.float())), folder)
     try:
-        state = adapted.merge_and_unload().state_dict()
+        state: dict[str, torch.Tensor] = adapted.merge_and_unload().state_dict()
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"PEFT cannot merge this method: {error}", str(folder), "serve it with PEFT") from None
-
-    def after(name: str, rows: shards.Rows) -> Any:
-        dtype = shards.TORCH_DTYPES[base.tensors[name].dtype]  # what was not changed lies on its grid, and stays
-        return [dithered(state[name].clone(), name) if dtype == torch.bfloat16 else state[name].to(dtype)]
-
-    shards.rewrite(base, out, layout, after, progress)
+    return state

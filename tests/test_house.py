@@ -20,17 +20,18 @@ ENTRANCE = [
 ROAD = [
     "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "adopt", "draft", "proposal",
     "survey",
-    "push", "upload", "release", "export", "seal", "card", "terms", "prove", "certify", "trained", "whole", "blend",
+    "push", "upload", "release", "export", "seal", "card", "terms", "as_lora", "prove", "certify", "trained",
+    "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
     "comparepage", "compare", "runtable", "runview", "launch", "together", "follow", "train", "state",
-    "copies", "probe", "fallback", "best", "run",
+    "copies", "probe", "starts", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
     "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer",
-    "peers", "checkpoint", "shared_base", "model", "beginning", "loading", "control_tokens", "tokenizer", "store",
-    "samples", "window", "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles", "unpickle",
-    "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "peers", "checkpoint", "shared_base", "model", "methods", "beginning", "loading", "control_tokens", "tokenizer",
+    "store", "samples", "window", "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles",
+    "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
 CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [

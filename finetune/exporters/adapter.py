@@ -44,6 +44,8 @@ def refusals(config: dict[str, Any], weights: dict[str, torch.Tensor], target: s
     """What of the adapter that consumer cannot load. Empty: it can."""
     if target != "vllm":
         return []
+    if config.get("peft_type", "LORA") != "LORA":
+        return [f"{config['peft_type']} (finetune convert --to lora makes LoRA of it)"]
     found = []
     if config.get("use_dora"):
         found.append("DoRA")

@@ -107,7 +107,8 @@ class _Layer:
         norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         packed = not args and kwargs.get("layout") is not None and kwargs.get("past_key_values") is None
         sites = [lora_linear.site(layer) for layer in layers] if packed and self.pointwise else [None]
-        if None in sites or any(norm.weight.requires_grad for norm in norms):
+        adapted = any(not hasattr(norm, "variance_epsilon") or norm.weight.requires_grad for norm in norms)
+        if None in sites or adapted:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
         x = hidden_states[0] + _attended(self, hidden_states[0], sites[:4], kwargs)
         norm = _norm(self.post_attention_layernorm, self.pointwise)

@@ -111,3 +111,49 @@ def replay(weight: torch.Tensor, weights: str, double: bool, scales: torch.Tenso
         codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
         return dense_int8(codes, scales, weight.dtype)
     return weight
+
+
+class ShownLinear(torch.nn.Linear):
+    """A quantised frozen linear whose ``weight`` is the matrix as it acts, [out, in], made anew at each look.
+
+    Most of PEFT's methods compute with that matrix and know packed ones not at all, or take their codes for it. It
+    cannot be set, and what is written into its numbers is lost: nothing here merges into a live base.
+    """
+
+    def __init__(self, packed: torch.nn.Module, dtype: torch.dtype) -> None:
+        torch.nn.Module.__init__(self)
+        self.packed, self.dtype = packed, dtype
+        self.in_features, self.out_features = packed.in_features, packed.out_features  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return dense_weight(self.packed, self.dtype)
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self.packed.bias  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        return f"ShownLinear({self.in_features}, {self.out_features})"  # PEFT quotes it where it refuses one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.packed(x)  # type: ignore[no-any-return]
+
+
+def is_packed(model: torch.nn.Module) -> bool:
+    """Whether any of its linears is quantised."""
+    return any(isinstance(module, FrozenLinear4bit | FrozenLinear8bit) for module in model.modules())
+
+
+def show(model: Any) -> None:
+    """Let every quantised linear of a transformers model show its weight, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FrozenLinear4bit | FrozenLinear8bit) and not name.endswith(".packed"):
+            model.set_submodule(name, ShownLinear(module, model.dtype))
+
+
+def hide(model: Any) -> None:
+    """Undo ``show``."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ShownLinear):
+            model.set_submodule(name, module.packed)

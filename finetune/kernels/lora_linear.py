@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.functional import linear
 
 from finetune.kernels import lora_routed
@@ -75,6 +76,8 @@ def site(layer: Any) -> AnySite | None:
             b=layer.lora_B[name].weight, dropout=dropout,
             seed=int(torch.randint(2**62, ())) if dropout else 0,
         )  # fmt: skip
+    if isinstance(layer, BaseTunerLayer):  # another method's: some are linears, and at rest nothing in them is trained
+        return None
     frozen = isinstance(layer, torch.nn.Linear) and not any(value.requires_grad for value in layer.parameters())
     return Site(base=layer, scaling=0.0, a=None, b=None) if frozen else None
 

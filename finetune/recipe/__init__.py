@@ -126,7 +126,9 @@ def _validated(tree: dict[str, Any], fields: dict[str, Any]) -> tuple[Recipe | N
     """The models' verdict; PEFT's own fields were judged before and travel as one value."""
     if isinstance(tree.get("adapter"), dict):
         start = {key: value for key, value in tree["adapter"].items() if key == adapter_fields.START}
-        tree = {**tree, "adapter": {"method": adapter_fields.METHOD, "fields": fields, **start}}
+        method = tree["adapter"].get("method")
+        named = method if isinstance(method, str) else adapter_fields.METHOD
+        tree = {**tree, "adapter": {"method": named, "fields": fields, **start}}
     try:
         return Recipe.model_validate(tree), []
     except ValidationError as error:

@@ -15,10 +15,11 @@ from typing import Any, Literal, Optional, Union
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from finetune.recipe import adapter_targets
+from finetune.recipe.adapter_methods import NARROWED, NARROWED_WHY, NESTED, NOT_HERE, OFF_BASE, start_fault, start_of
 from finetune.recipe.adapter_source import FieldSource, methods
 from finetune.recipe.words import Finding, describe, did_you_mean, mend, nearest, shown
 
-METHOD = "lora"  # the one method that can be trained, merged and proven
+METHOD = "lora"  # the method that a recipe without one is judged by
 
 START = "start_from"  # ours, not PEFT's
 # LoRA fields whose effect ``merge`` can fold exactly.
@@ -38,23 +39,11 @@ FOLDED = (
     "modules_to_save",
     "bias",
     "fan_in_fan_out",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
 )
 REQUIRED = ("r", "lora_alpha")  # they change what is learned: no hidden default
-
-# Narrower than PEFT: the values that train and merge here.
-_NARROWED: dict[str, str] = {
-    "bias": "Literal['none']",
-    "fan_in_fan_out": "Literal[False]",
-    "init_lora_weights": "Literal[True, 'gaussian', 'orthogonal']",
-    "rank_pattern": "dict[str, int]",
-    "alpha_pattern": "dict[str, Union[int, float]]",
-}
-_NARROWED_WHY = {
-    "bias": "bias must be none: merge cannot yet fold trained biases",
-    "fan_in_fan_out": "fan_in_fan_out must be false: no supported family stores its weights transposed",
-    "init_lora_weights": "init_lora_weights must be true, gaussian or orthogonal: the others change the base "
-    "or do not start at zero",
-}
 
 _TYPES: dict[str, Any] = {
     "Optional": Optional,
@@ -79,63 +68,96 @@ def check(section: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
 
     Every accepted field is present in the result, ``None`` where PEFT's default is None.
     """
-    method = section.get("method")
-    if "method" in section and method != METHOD:
-        return {}, [_refused_method(method)]
-    known = methods()[METHOD]
+    method = section.get("method", METHOD)
+    if (refused := _refused_method(method)) is not None:
+        return {}, [refused]
+    known = methods()[method]
     written = {key: value for key, value in section.items() if key not in ("method", START)}
-    findings = [_missing(key) for key in ("method", *REQUIRED) if key not in section]
+    needed = ("method", *required(method))
+    findings = [_missing(key) for key in needed if key not in section]
     for key, value in written.items():
-        findings += _field(key, value, known)
+        findings += _field(key, value, method)
     bad = {finding.path[0] for finding in findings}
     findings += _together({key: value for key, value in written.items() if key not in bad})
-    meant = {word for word in ("method", *REQUIRED) for finding in findings if finding.fix == f"did you mean {word!r}?"}
+    meant = {word for word in needed for finding in findings if finding.fix == f"did you mean {word!r}?"}
     findings = [one for one in findings if not (one.path[0] in meant and one.path[0] not in section)]
-    return {**defaults(), **written}, findings
+    return {**defaults(method), **{key: value for key, value in written.items() if key in known}}, findings
 
 
-def defaults() -> dict[str, Any]:
+def legal(method: str) -> list[str]:
+    """The fields of a method that a recipe may set."""
+    known = methods()[method]
+    if method == METHOD:
+        return [key for key in FOLDED if key in known]
+    return [key for key in known if key != "trainable_token_indices"]
+
+
+def required(method: str) -> tuple[str, ...]:
+    """The fields that change what is learned and have no default here: a rank, where PEFT's default is one."""
+    if method == METHOD:
+        return REQUIRED
+    rank = methods()[method].get("r")
+    return ("r",) if rank is not None and rank.default not in ("0", "None") else ()
+
+
+def defaults(method: str = METHOD) -> dict[str, Any]:
     """PEFT's defaults of the accepted fields that are not required."""
-    known = methods()[METHOD]
-    optional = [key for key in FOLDED if key in known and key not in REQUIRED]
-    return {key: _constant(known[key].default) for key in optional}
+    known, needed = methods()[method], required(method)
+    return {key: _constant(known[key].default) for key in legal(method) if key not in needed}
+
+
+def trainable() -> list[str]:
+    """The methods that a recipe may name, LoRA first."""
+    return [METHOD, *sorted(name for name in methods() if name != METHOD and name not in NOT_HERE)]
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of the section for the installed PEFT."""
-    known = methods()[METHOD]
+    """JSON schema of the section for the installed PEFT: the fields of all methods, LoRA's own first."""
+    kinds = trainable()
     properties: dict[str, Any] = {
-        "method": {"const": METHOD, "type": "string", "description": "PEFT method"},
+        "method": {"enum": kinds, "type": "string", "description": "PEFT method"},
         START: {
             "anyOf": [{"type": "string"}, {"type": "null"}], "default": None,
             "description": "the finished run or adapter whose weights it begins with",
         },
     }  # fmt: skip
-    for key in FOLDED:
-        if key in known:
-            properties[key] = {**_fragment(key, known), "description": f"PEFT's LoraConfig.{key}"}
+    whose: dict[str, list[str]] = {}
+    for method in kinds:
+        for key in legal(method):
+            whose.setdefault(key, []).append(method)
+    for key, owners in whose.items():
+        said = "PEFT's LoraConfig." + key if owners[0] == METHOD else f"PEFT's field of {', '.join(owners)}"
+        parts = [_fragment(key, methods()[owner]) for owner in owners]
+        alike = all(part == parts[0] for part in parts)
+        properties[key] = {**(parts[0] if alike or owners[0] == METHOD else {}), "description": said}
     for key, value in defaults().items():
         properties[key]["default"] = value
     return {
         "type": "object",
         "additionalProperties": False,
-        "required": ["method", *REQUIRED],
+        "required": ["method"],
+        "allOf": [_needed(method) for method in kinds if required(method)],
         "properties": properties,
     }
 
 
-def _refused_method(method: object) -> Finding:
+def _needed(method: str) -> dict[str, Any]:
+    return {"if": {"properties": {"method": {"const": method}}}, "then": {"required": list(required(method))}}
+
+
+def _refused_method(method: object) -> Finding | None:
+    where = ("method",)
+    if isinstance(method, str) and method in NOT_HERE:
+        return Finding(where, f"{method} cannot be trained here: {NOT_HERE[method]}", "docs/capabilities.md has others")
     if isinstance(method, str) and method in methods():
-        return Finding(("method",), f"{method} cannot yet be trained, merged and proven here", f"use {METHOD}")
+        return None
     if isinstance(method, str):
-        return Finding(
-            ("method",), f"{shown(method)} is not a PEFT method", did_you_mean(method, _near_methods(method))
-        )
-    return Finding(("method",), f"must be the name of a PEFT method, found {shown(method)}", f"use {METHOD}")
+        return Finding(where, f"{shown(method)} is not a PEFT method", did_you_mean(method, _near_methods(method)))
+    return Finding(where, f"must be the name of a PEFT method, found {shown(method)}", f"use {METHOD}")
 
 
 def _near_methods(word: str) -> list[str]:
-    """The usable method when it is near or nothing is (forty names help nobody), else all."""
+    """The usual method when it is near or nothing is (forty names help nobody), else all."""
     known = sorted(methods())
     return [METHOD] if nearest(word, [METHOD]) or not nearest(word, known) else known
 
@@ -146,19 +168,30 @@ def _missing(key: str) -> Finding:
     return Finding((key,), "missing", f"add '{key}:' to this section; it changes what is learned, so it has no default")
 
 
-def _field(key: str, value: Any, known: dict[str, FieldSource]) -> list[Finding]:
+def _field(key: str, value: Any, method: str) -> list[Finding]:
+    known = methods()[method]
     if key not in known:
-        legal = ["method", *(word for word in FOLDED if word in known)]
-        return [Finding((key,), f"unknown key; not a field of the installed PEFT's {METHOD}", did_you_mean(key, legal))]
+        words = did_you_mean(key, ["method", START, *legal(method)])
+        return [Finding((key,), f"unknown key; not a field of the installed PEFT's {method}", words)]
     if key == "trainable_token_indices":
         return [Finding((key,), "refused: token rows are trained by name", "write trainable_tokens: [...] instead")]
-    if key not in FOLDED:
+    if key not in legal(method):
         return [Finding((key,), "refused: merge cannot yet fold this field's effect", "remove it")]
     fragment = _fragment(key, known)
-    if not _fits(value, _NARROWED.get(key, known[key].annotation)) and not _is_default(key, value, known):
-        what = _NARROWED_WHY.get(key, f"must be {describe(fragment)}")
+    if not _fits(value, NARROWED.get(key, known[key].annotation)) and not _is_default(key, value, known):
+        what = NARROWED_WHY.get(key, f"must be {describe(fragment)}")
         return [Finding((key,), f"{what}; found {shown(value)}", mend(value, fragment))]
-    return [*_bounds(key, value), *adapter_targets.check(key, value)]
+    if key == "init_lora_weights" and (fault := start_fault(value)) is not None:
+        return [fault]
+    if isinstance(value, dict) and (
+        strange := next((word for word in value if word not in NESTED.get(key, value)), "")
+    ):
+        return [
+            Finding((key, strange), "unknown key, or none that a recipe may set", did_you_mean(strange, NESTED[key]))
+        ]
+    if _is_default(key, value, known):
+        return []
+    return [*_bounds(key, value), *adapter_targets.check(key, value, method)]
 
 
 def _is_default(key: str, value: Any, known: dict[str, FieldSource]) -> bool:
@@ -172,7 +205,7 @@ def _bounds(key: str, value: Any) -> Iterator[Finding]:
         yield Finding((key,), f"must be from 1 to {adapter_targets.MAX_RANK}; found {shown(value)}")
     if key == "lora_alpha" and not 0 < value <= adapter_targets.MAX_ALPHA:
         yield Finding((key,), f"must be above 0, at most {adapter_targets.MAX_ALPHA}; found {shown(value)}")
-    if key == "lora_dropout" and not 0 <= value < 1:
+    if key.endswith("dropout") and isinstance(value, int | float) and not 0 <= value < 1:
         yield Finding((key,), f"must be at least 0 and below 1; found {shown(value)}")
     if key == "rank_pattern":
         for word, rank in value.items():
@@ -194,10 +227,17 @@ def _together(fields: dict[str, Any]) -> Iterator[Finding]:
                 yield Finding((key,), "cannot be used when target_modules is text", "write target_modules as a list")
     elif fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
         yield Finding(("layers_pattern",), "needs layers_to_transform", "add layers_to_transform or remove it")
+    start = start_of(fields)
+    if fields.get("use_dora") is True and start in OFF_BASE:
+        what = f"{start} begins with a part of the base, whose norm DoRA's lengths are"
+        yield Finding(("use_dora",), what, "remove one of the two")
+    for key in NESTED:
+        if fields.get(key) is not None and start != key.removesuffix("_config"):
+            yield Finding((key,), f"is of init_lora_weights: {key.removesuffix('_config')}", "set that, or remove it")
 
 
 def _fragment(key: str, known: dict[str, FieldSource]) -> dict[str, Any]:
-    fragment = _adapter(_NARROWED.get(key, known[key].annotation)).json_schema()
+    fragment = _adapter(NARROWED.get(key, known[key].annotation)).json_schema()
     extra: dict[str, dict[str, Any]] = {
         "r": {"minimum": 1, "maximum": adapter_targets.MAX_RANK},
         "lora_alpha": {"exclusiveMinimum": 0, "maximum": adapter_targets.MAX_ALPHA},

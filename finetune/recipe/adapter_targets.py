@@ -29,18 +29,21 @@ LINEARS = {
 }
 # Other modules that can be trained whole beside the adapter.
 WHOLE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+NORMS = ("ln_tuning",)
+"""Methods whose targets are norms."""
 _MOST_REPEATS = 4
 _PLAIN = r"write it plainly, as '.*self_attn\.(q|v)_proj'"
 
 
-def check(key: str, value: Any) -> Iterator[Finding]:
+def check(key: str, value: Any, method: str = "lora") -> Iterator[Finding]:
     """Faults of one field that holds module names or patterns, as ``(path, what, fix)``; other fields have none."""
     if key in ("target_modules", "exclude_modules") and isinstance(value, str):
         yield from _pattern(key, value)
     elif key in ("target_modules", "exclude_modules", "modules_to_save") and isinstance(value, list):
-        legal = [*LINEARS, *WHOLE] if key == "modules_to_save" else list(LINEARS)
+        targets = [word for word in WHOLE if "norm" in word] if method in NORMS else list(LINEARS)
+        legal = [*LINEARS, *WHOLE] if key == "modules_to_save" else targets
         yield from _names(key, value, legal)
-    elif key in ("rank_pattern", "alpha_pattern"):
+    elif key.endswith("_pattern") and isinstance(value, dict):
         for word in value:
             yield from _layer_pattern((key, word), word)
     elif key == "layers_to_transform" and value is not None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.recipe import judging, keeping, objective_keys, paths
+from finetune.recipe import adapter_methods, judging, keeping, objective_keys, paths
 from finetune.recipe.words import Finding, shown
 from finetune.recipe.yamlfile import KeyPath
 
@@ -28,6 +28,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _train(tree)
     yield from _kernels(tree)
     yield from _quantize(tree)
+    yield from _start(tree)
     yield from judging.check(tree)
     yield from keeping.check(tree)
     yield from objective_keys.check(tree)
@@ -91,7 +92,12 @@ def _kernels(tree: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
-    kind = _value(tree, "train", "optimizer")
+    kind, method = _value(tree, "train", "optimizer"), _value(tree, "adapter", "method")
+    if isinstance(method, str) and method != "lora":
+        if kind in _PRECONDITIONED:
+            yield Finding(("train", "optimizer"), f"{kind} moves LoRA's A and B, which {method} has not", "take adamw")
+        if _value(tree, "train", "lora_plus_ratio") is not None:
+            yield Finding(("train", "lora_plus_ratio"), f"is the rate of LoRA's B, which {method} has not", "remove it")
     if kind not in _PRECONDITIONED:
         return
     if _value(tree, "train", "lora_plus_ratio") is not None:
@@ -102,13 +108,28 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(("train", "optimizer"), what, "take adamw, or use_dora: false")
 
 
+def _start(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Going on with an adapter's weights leaves nothing to begin otherwise."""
+    adapter = tree.get("adapter")
+    if not isinstance(adapter, dict) or adapter.get("start_from") is None:
+        return
+    if adapter.get("method", "lora") != "lora":
+        yield Finding(("adapter", "start_from"), "only a LoRA can be gone on with", "remove it, or take method: lora")
+    elif (word := adapter_methods.start_of(adapter)) in (*adapter_methods.OFF_BASE, "eva"):
+        what = f"{word} has no meaning with start_from, whose weights the adapter begins with"
+        yield Finding(("adapter", "init_lora_weights"), what, "remove one of the two")
+
+
 def _quantize(tree: dict[str, Any]) -> Iterator[Finding]:
     weights = _value(tree, "quantize", "weights")
     if _value(tree, "quantize", "double") is False and isinstance(weights, str) and weights not in _FOUR_BIT:
         yield Finding(("quantize", "double"), f"has no meaning with {shown(weights)} weights", "remove it")
-    if weights == "int8" and _value(tree, "adapter", "use_dora") is True:
-        # bitsandbytes frees the column statistics that DoRA's norm needs: the second step fails.
-        yield Finding(("adapter", "use_dora"), "DoRA cannot be trained on int8 weights", "use nf4, or use_dora: false")
+    adapter, method = tree.get("adapter"), _value(tree, "adapter", "method")
+    if isinstance(adapter, dict) and isinstance(method, str) and isinstance(weights, str):
+        for key, reason in adapter_methods.refusals(method, adapter, weights):
+            yield Finding(
+                ("adapter", key), f"{reason} (docs/capabilities.md)", "take another method or quantize.weights"
+            )
 
 
 def _variables(node: Any, at: KeyPath) -> Iterator[Finding]:

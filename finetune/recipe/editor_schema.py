@@ -20,16 +20,18 @@ def build(exported: dict[str, Any]) -> dict[str, Any]:
             "description": "recipe to start from, relative to this file; this file's keys win",
         }
     }
-    required: dict[str, list[str]] = {}
+    required: dict[str, dict[str, Any]] = {}
     for key, fragment in exported["properties"].items():
         section = _inlined(fragment, definitions)
         if key == "adapter":
             section = {**adapter_fields.schema(), "description": "what is trained: a PEFT method and its own fields"}
         if section.get("type") == "object":
-            required[key] = section.pop("required", [])
+            required[key] = {"required": section.pop("required", [])} | (
+                {"allOf": section.pop("allOf")} if "allOf" in section else {}
+            )
         properties[key] = section
     properties[several.KEY] = several.schema(properties)
-    full = {"required": exported["required"], "properties": {k: {"required": v} for k, v in required.items() if v}}
+    full = {"required": exported["required"], "properties": {k: v for k, v in required.items() if v["required"]}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "finetune recipe",

@@ -175,3 +175,25 @@ def test_freeze_takes_every_quantised_layer_and_no_other(bases: dict[str, Path])
     assert type(policy.head) is torch.nn.Linear
     frozen_linear.freeze(policy.model)
     assert {name for name, _ in packed(policy)} == names
+
+
+@pytest.mark.parametrize(("weights", "double"), FORMS)
+def test_a_shown_linear_has_the_weight_as_it_acts_and_computes_with_it(
+    weights: str, double: bool, bases: dict[str, Path]
+) -> None:
+    policy = tiny.load(bases["qwen2"], weights, double=double)
+    held = {name: dense_weight(layer, torch.float32) for name, layer in packed(policy)}
+    layers = dict(packed(policy))
+    ids = torch.arange(3, 40)[None]
+    before = policy.causal_lm(input_ids=ids).logits
+    frozen_linear.show(policy.model)
+    frozen_linear.show(policy.model)  # again changes nothing
+    for name, weight in held.items():
+        shown = policy.causal_lm.get_submodule(name)
+        assert type(shown) is frozen_linear.ShownLinear
+        assert torch.equal(shown.weight, weight)
+        with pytest.raises((AttributeError, KeyError)):
+            shown.weight = torch.nn.Parameter(weight)
+    assert torch.equal(policy.causal_lm(input_ids=ids).logits, before)
+    frozen_linear.hide(policy.model)
+    assert all(policy.causal_lm.get_submodule(name) is layer for name, layer in layers.items())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from peft.tuners.lora import bnb as peft_bnb
 from peft.tuners.lora import layer as peft_layer
 from torch.func import functional_call
 
+from finetune import model
 from finetune.kernels import frozen_linear, lora_linear
 from finetune.kernels.frozen_linear import dense_weight
 from finetune.kernels.lora_linear import Site, reference
+from tests import tiny
 from tests.tiny import distance
 
 IN, OUT = 64, 96
@@ -278,3 +281,23 @@ def test_input_without_gradient_gets_none() -> None:
     one, two = slopes(layer(x.clone().requires_grad_()), list(parts(layer)))
     assert torch.equal(a, one)
     assert torch.equal(b, two)
+
+
+@pytest.mark.parametrize(("method", "fields"), [("unilora", {"r": 4}), ("gralora", {"r": 8, "alpha": 16})])
+def test_another_methods_linear_at_rest_is_not_taken_for_a_frozen_one(
+    method: str, fields: dict[str, Any], tiny_base: Path
+) -> None:
+    """Some of PEFT's layers are linears themselves, and while nothing in them is trained they look like the base's."""
+    policy = model.attach(tiny.load(tiny_base), fields | {"target_modules": ["q_proj", "up_proj"]}, 0, method=method)
+    with torch.no_grad():
+        for value in policy.trainable().values():
+            value.add_(0.1)
+    policy.model.requires_grad_(False)
+    ids = torch.arange(5, 30)[None]
+    with policy.evaluating():
+        states = policy.hidden(ids, torch.arange(25)[None], (0, 25))
+        expected = policy.causal_lm.model(input_ids=ids).last_hidden_state
+        with policy.without_adapter():
+            alone = policy.causal_lm.model(input_ids=ids).last_hidden_state
+    assert tiny.distance(states, expected) < 1e-5
+    assert tiny.distance(alone, expected) > 1e-2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune.recipe import adapter_fields, adapter_source, adapter_targets
+from finetune.recipe import adapter_fields, adapter_methods, adapter_source, adapter_targets
 from finetune.recipe.adapter_source import FieldSource
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_accepted(fields: dict[str, Any]) -> None:
 BAD: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
     ({"method": "lroa"}, ("method",), "did you mean 'lora'?"),
     ({"method": "xyzzy"}, ("method",), "legal: lora"),
-    ({"method": "vera"}, ("method",), "vera cannot yet be trained"),
+    ({"method": "xlora"}, ("method",), "xlora cannot be trained here: it mixes adapters"),
     ({"method": "LORA"}, ("method",), "did you mean 'lora'?"),
     ({"method": 3}, ("method",), "found 3"),
     ({"method": None}, ("method",), "found nothing"),
@@ -116,9 +116,12 @@ BAD: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
     ({"fan_in_fan_out": 0}, ("fan_in_fan_out",), "must be false"),
     ({"use_dora": "yes"}, ("use_dora",), "true or false"),
     ({"use_dora": 1}, ("use_dora",), "true or false"),
-    ({"init_lora_weights": False}, ("init_lora_weights",), "must be true"),
-    ({"init_lora_weights": 1}, ("init_lora_weights",), "must be true"),
-    ({"init_lora_weights": "pissa"}, ("init_lora_weights",), "must be true"),
+    ({"init_lora_weights": False}, ("init_lora_weights",), "would not start at zero"),
+    ({"init_lora_weights": 1}, ("init_lora_weights",), "found 1"),
+    ({"init_lora_weights": "loftq"}, ("init_lora_weights",), "quantisation of its own"),
+    ({"init_lora_weights": "pissa_niter_"}, ("init_lora_weights",), "one of gaussian"),
+    ({"eva_config": {"roh": 1.0}}, ("eva_config", "roh"), "did you mean 'rho'?"),
+    ({"corda_config": {"cache_file": "x.pt"}}, ("corda_config", "cache_file"), "none that a recipe may set"),
     ({"init_lora_weights": "gausian"}, ("init_lora_weights",), "did you mean 'gaussian'?"),
     ({"target_modules": []}, ("target_modules",), "empty"),
     ({"target_modules": ["q_prj"]}, ("target_modules", 0), "did you mean 'q_proj'?"),
@@ -165,11 +168,56 @@ def test_a_misspelt_required_field_is_not_reported_missing_too() -> None:
     assert [finding.path for finding in findings] == [("mehtod",), ("lora_rank",), ("lora_alpa",)]
 
 
-def test_every_other_method_is_refused_by_name() -> None:
-    for method in sorted(set(adapter_source.methods()) - {"lora"}):
-        _, findings = adapter_fields.check({"method": method, "r": 8})
+OTHERS = sorted(set(adapter_source.methods()) - {"lora"})
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_other_method_is_known_or_refused_with_its_reason(method: str) -> None:
+    section = {"method": method, **dict.fromkeys(adapter_fields.required(method), 8)} if method in FREE else None
+    _, findings = adapter_fields.check(section or {"method": method, "r": 8})
+    if method in adapter_methods.NOT_HERE:
         assert [finding.path for finding in findings] == [("method",)]
-        assert findings[0].what.startswith(f"{method} cannot yet")
+        assert findings[0].what == f"{method} cannot be trained here: {adapter_methods.NOT_HERE[method]}"
+    else:
+        assert findings == []
+        _, typed = adapter_fields.check({**(section or {}), "target_moduls": ["q_proj"]})
+        assert [(one.path, one.fix) for one in typed] == [(("target_moduls",), "did you mean 'target_modules'?")]
+
+
+FREE = set(adapter_fields.trainable()) - {"lora"}
+
+
+def test_every_reason_is_of_a_method_that_peft_has() -> None:
+    assert set(adapter_methods.NOT_HERE) <= set(adapter_source.methods())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when PEFT is imported
+def test_the_keys_of_sections_within_the_section_are_pefts() -> None:
+    from peft.tuners.lora import config
+
+    kinds = {"eva_config": config.EvaConfig, "corda_config": config.CordaConfig, "lora_ga_config": config.LoraGAConfig}
+    for key, kind in kinds.items():
+        assert set(adapter_methods.NESTED[key]) <= {one.name for one in dataclasses.fields(kind)}
+
+
+OTHER_BAD: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
+    ({"method": "loha"}, ("r",), "missing"),
+    ({"method": "loha", "r": 8, "lora_alpha": 16}, ("lora_alpha",), "did you mean 'alpha'?"),
+    ({"method": "loha", "r": 8, "rank_dropout": 1.5}, ("rank_dropout",), "below 1"),
+    ({"method": "loha", "r": 8, "target_modules": ["q_prj"]}, ("target_modules", 0), "did you mean 'q_proj'?"),
+    ({"method": "ln_tuning", "target_modules": ["q_proj"]}, ("target_modules", 0), "no such module"),
+    ({"method": "vera", "r": 8, "save_projection": False}, ("save_projection",), "must be true"),
+    ({"method": "oft", "oft_block_size": "32"}, ("oft_block_size",), "without quotes"),
+    ({"method": "oft", "bias": "all"}, ("bias",), "must be none"),
+    ({"method": "vblora", "r": 4, "save_only_topk_weights": True}, ("save_only_topk_weights",), "must be false"),
+]
+
+
+@pytest.mark.parametrize(("section", "path", "words"), OTHER_BAD, ids=lambda value: str(value)[:60])
+def test_fields_of_other_methods_are_judged_too(section: dict[str, Any], path: tuple[Any, ...], words: str) -> None:
+    _, findings = adapter_fields.check(section)
+    assert [finding.path for finding in findings] == [path]
+    assert words in f"{findings[0].what}; {findings[0].fix}"
 
 
 def test_every_lora_field_is_either_folded_or_refused() -> None:

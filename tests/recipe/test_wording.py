@@ -386,14 +386,19 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
     "model unknown": (swap("Qwen/Qwen2.5-14B", "Qwen/Qwen2.5-14"), "r.yaml:1:1: model", "mean 'Qwen/Qwen2.5-14B'?"),
     "model is a file": (swap("Qwen/Qwen2.5-14B", "train.jsonl"), "r.yaml:1:1: model", "neither a folder"),
     "model empty": (swap("Qwen/Qwen2.5-14B", "''"), "r.yaml:1:1: model", "neither a folder"),
-    "DoRA on int8": (
-        lambda text: text.replace("nf4", "int8").replace("  r: 8", "  use_dora: true\n  r: 8"),
-        "r.yaml:7:3: adapter.use_dora",
-        "int8",
+    "what the matrix refuses": (
+        swap("  method: lora\n  r: 8\n  lora_alpha: 16", "  method: glora\n  r: 8"),
+        "r.yaml:6:3: adapter.method",
+        "glora on nf4: ",
     ),
     "method key typo": (swap("method: lora", "mehtod: lora"), "r.yaml:6:3: adapter.mehtod", "did you mean 'method'?"),
     "method missing": (swap("  method: lora\n", ""), "r.yaml:5:1: adapter.method", "missing"),
-    "other PEFT method": (swap("method: lora", "method: vera"), "r.yaml:6:3: adapter.method", "vera cannot yet"),
+    "other PEFT method": (swap("method: lora", "method: xlora"), "r.yaml:6:3: adapter.method", "mixes adapters"),
+    "LoRA's key in another method": (
+        swap("method: lora", "method: loha"),
+        "r.yaml:8:3: adapter.lora_alpha",
+        "not a field of the installed PEFT's loha; did you mean 'alpha'?",
+    ),
 }
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import typer
 
 from finetune import __version__, datacli, hardware, judgecli, runcli, shipcli, startcli, talkcli, traincli
-from finetune.errors import EnvironmentFault, FinetuneError, Interrupted
+from finetune.errors import EnvironmentFault, Fault, FinetuneError, Interrupted
 from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
 from finetune.terminal import Terminal, clean
 
@@ -165,17 +165,19 @@ def main_in_process(arguments: Sequence[str]) -> int:
         fault = EnvironmentFault(error.strerror or str(error), str(error.filename or ""), "mend that and run again")
         return _report(fault, as_json="--json" in arguments)
     except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
-        return _unexpected(error)
+        return _unexpected(error, as_json="--json" in arguments)
     if code == _CTRL_C:  # typer's answer to KeyboardInterrupt
         return _report(Interrupted(_STOPPED, fix=_GO_ON), as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: Exception, *, as_json: bool) -> int:
     """Usage errors of the command line explain themselves; anything else is a defect of ours and says so."""
     show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
     if callable(show) and isinstance(code, int):
         show()
+        if as_json:
+            _print_faults(code, "usage", [Fault(clean(getattr(error, "message", "") or str(error), 600))])
         return code
     if _debug:
         traceback.print_exc()
@@ -195,9 +197,14 @@ def _report(error: FinetuneError, *, as_json: bool = False) -> int:
         place = f"{where}: " if where else ""
         sys.stderr.write(f"{error.label}: {clean(place + what, 600)}{'; ' + clean(fix, 400) if fix else ''}\n")
     if as_json:
-        faults = [fault._asdict() for fault in error.faults]
-        print_json({"error": {"exit_code": error.exit_code, "kind": error.label, "faults": faults}})
+        _print_faults(error.exit_code, error.label, error.faults)
     return error.exit_code
+
+
+def _print_faults(code: int, kind: str, faults: Sequence[Fault]) -> None:
+    """The object that a program gets where it asked for one; a full disk can tell it nothing."""
+    with contextlib.suppress(OSError):
+        print_json({"error": {"exit_code": code, "kind": kind, "faults": [fault._asdict() for fault in faults]}})
 
 
 def _quiet_libraries() -> None:
@@ -206,6 +213,19 @@ def _quiet_libraries() -> None:
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # lengths are judged here
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs what it raises
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _flushed(code: int) -> int:
+    """The exit code once standard output is written: a full disk may say so at the very end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fault = EnvironmentFault(f"what was printed is lost: {error.strerror}", "standard output", "free some space")
+        return code or _report(fault)
+    return code
 
 
 def main() -> None:
@@ -220,6 +240,7 @@ def main() -> None:
         code = main_in_process(sys.argv[1:])
     except KeyboardInterrupt:  # outside the part that typer watches
         code = _report(Interrupted(_STOPPED, fix=_GO_ON))
+    code = _flushed(code)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
     sys.exit(code)

@@ -10,7 +10,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +193,7 @@ def _of_run(folder: Path, asked: Asked, terminal: Terminal) -> tuple[*Opened, Se
     ]
     merged = asked.merged or (folder / "merged" if (folder / "merged" / "config.json").is_file() else None)
     if merged is not None:
-        form = BaseForm(
-            weights=this.form().compute, double=False, compute=this.form().compute, device=this.form().device
-        )
+        form = replace(this.form(), weights=this.form().compute, double=False)
         subjects += _merged(merged, form, digest, asked.merged is not None, terminal)
     origin = this.origin()
     if origin is None and this.identity.start and this.how().objective is not None:
@@ -208,7 +206,9 @@ def _merged(folder: Path, form: BaseForm, adapter: str, named: bool, terminal: T
     """The merge as a subject, if it is of this adapter and can be held here; one that was named must be."""
     note, why = read_json(folder / checkpoint.PROVENANCE), ""
     found = None
-    if not isinstance(note, dict) or note.get("adapter_sha256") != adapter:
+    if not (folder / "config.json").is_file():
+        why = "is not there"
+    elif not isinstance(note, dict) or note.get("adapter_sha256") != adapter:
         why = "is not the merge of this run's adapter"
     else:
         found = bare.inspect(folder, form)

@@ -95,7 +95,9 @@ def evaluation(story: Story) -> str:
             shown = [f"{value:.4f}" if value is not None else "–" for value in values]
             rows.append([words(task, 80), words(metric, 60), *shown])
     heads = ("task", "metric", *(clean(name, 40) for name in names))
-    said = _judgements(dict(list(judged.items())[:ROWS])) if judged else ""
+    on = story.evaluation.get("data")
+    said = f"<p>Judged on {words(str(on), 200)}.</p>" if on and judged else ""
+    said += _judgements(dict(list(judged.items())[:ROWS])) if judged else ""
     return said + (table(heads, rows, numbers=len(names)) if rows else "")
 
 

@@ -180,9 +180,11 @@ def notes(story: Story) -> str:
         if isinstance(one, dict):
             settings = ", ".join(f"{key} {value}" for key, value in one.items() if key != "step")
             said.append(f"out of memory at step {one.get('step')}: from it on {settings}")
-    missing = story.step - len(story.curves["loss"])
-    if missing > 0:
-        said.append(f"metrics.jsonl lacks {missing:,} of {story.step:,} steps: the curves go on without them")
+    steps = max(story.step, int(number(story.end.get("steps")) or 0))
+    if (missing := steps - len(story.curves["loss"])) > 0:
+        said.append(f"metrics.jsonl lacks {missing:,} of {steps:,} steps: curves, time and speed are of the others")
+    if story.end and not story.scores and number(story.data.get("held_out")):
+        said.append("scores.json is lost or damaged: what was judged is not shown")
     if others := [str(one) for one in listed(story.identity, "together")]:
         said.append(f"trained in the same passes as {', '.join(others)}")
     items = "".join(f"<li>{words(one, 500)}</li>" for one in said[:ROWS])

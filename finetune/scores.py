@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import evals
+from finetune import metrics as steplog
 from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
 from finetune.terminal import clean
 
@@ -139,7 +140,7 @@ def outcome(folder: RunFolder) -> dict[str, Any]:
     return {
         "folder": str(folder.root),
         "finished": bool(finished),
-        "steps": finished.get("steps"),
+        "steps": finished.get("steps") or steplog.last_step(folder.metrics),
         "adapter": str(folder.adapter) if finished else None,
         "scores": read(folder),
     }

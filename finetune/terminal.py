@@ -21,7 +21,8 @@ _EVERY = 10.0
 
 
 _BAR = 20
-"""Characters of a bar."""
+"""Characters of a bar where there is room."""
+_SHORTEST_BAR = 5
 _WORTH_A_BAR = 1_000_000_000
 """Bytes that take a second or two to read."""
 
@@ -85,6 +86,11 @@ class Terminal:
         return self.out.isatty()
 
     @property
+    def columns(self) -> int:
+        """Characters of a line; one that wraps could not be redrawn."""
+        return max(1, shutil.get_terminal_size().columns - 1)
+
+    @property
     def colour(self) -> bool:
         """Whether colours may be used: on a terminal that has some, and whose user has not said no (no-color.org)."""
         return self.live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -116,7 +122,7 @@ class Terminal:
             return
         now = time.monotonic()
         if self.live:
-            text = text[: max(1, shutil.get_terminal_size().columns - 1)]  # a line that wraps cannot be redrawn
+            text = text[: self.columns]
             self._write("\r" + text.ljust(self._width) + ("\n" if last else ""))
             self._width = 0 if last else len(text)
         elif last or now - self._last >= _EVERY:
@@ -142,8 +148,10 @@ class Progress:
         spent = time.monotonic() - self.began
         worked = done - self.start
         eta = f"  ETA {duration(spent / worked * (of - done))}" if worked > 0 and done < of else ""
-        drawn = f" {bar(done, of)}" if self.terminal.live else ""
-        self.terminal.status(f"{self.label}{drawn} {done}/{of}{'  ' + extra if extra else ''}{eta}", last=done >= of)
+        numbers = f" {done}/{of}{'  ' + extra if extra else ''}{eta}"
+        room = self.terminal.columns - len(self.label) - len(numbers) - 1  # the bar gives way, the numbers do not
+        drawn = f" {bar(done, of, min(_BAR, room))}" if self.terminal.live and room >= _SHORTEST_BAR else ""
+        self.terminal.status(f"{self.label}{drawn}{numbers}", last=done >= of)
 
 
 class ByteBar:
@@ -168,10 +176,10 @@ class ByteBar:
             self._shown(done // 1_000_000, of // 1_000_000)
 
 
-def bar(done: int, of: int) -> str:
-    """How much of a whole is done, as a line that fills."""
-    full = _BAR * min(done, of) // of if of > 0 else _BAR
-    return "━" * full + "─" * (_BAR - full)
+def bar(done: int, of: int, width: int = _BAR) -> str:
+    """How much of a whole is done, as a line of ``width`` characters that fills."""
+    full = width * min(done, of) // of if of > 0 else width
+    return "━" * full + "─" * (width - full)
 
 
 def reading(terminal: Terminal, verb: str) -> Callable[[str, int, float], None]:

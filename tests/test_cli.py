@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +68,24 @@ def test_a_failure_is_the_object_too_where_one_was_asked_for(work: Path) -> None
     assert fault["where"] == "--set train.stepz"
     assert "did you mean 'steps'" in fault["what"] + fault["fix"]
     assert said.err.startswith("recipe: --set train.stepz: ")
+
+
+@pytest.mark.parametrize("words", [["bogus"], ["train", "r.yaml", "--nonsense"], ["convert", "a", "b"]])
+def test_a_wrong_command_line_is_told_a_program_too(work: Path, words: list[str]) -> None:
+    said = finetune(*words, "--json")
+    error = json.loads(said.out)["error"]
+    assert (said.code, error["exit_code"], error["kind"]) == (2, 2, "usage")
+    assert error["faults"][0]["what"]
+
+
+def test_a_full_disk_at_the_very_end_is_one_message(work: Path) -> None:
+    for words in (["schema"], ["dashboard", "x", "--json"], ["plan", "r.yaml"]):
+        code = f"import sys; from finetune.cli import main; sys.argv = {['finetune', *words]}; main()"
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert (done.returncode, done.stderr.count("\n")) == (5, 1), done.stderr
 
 
 def verbs() -> dict[str, set[str]]:

@@ -135,6 +135,17 @@ def test_a_terminal_sees_a_bar() -> None:
     assert terminal.bar(0, 0) == terminal.bar(3, 2) == "━" * 20  # nothing to do, and more than was promised
 
 
+def test_in_a_narrow_terminal_the_bar_gives_way_and_the_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, bars in ((80, 20), (38, 5), (33, 0)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        out = _Tty()
+        Progress(Terminal(out=out), "step", start=0)(10, 40, "loss 1.0000")
+        (drawn,) = out.getvalue().split("\r")[1:]
+        assert len(drawn) < columns
+        assert sum(drawn.count(one) for one in "━─") == bars
+        assert drawn.endswith(" 10/40  loss 1.0000  ETA 0s")
+
+
 @pytest.mark.parametrize(
     ("out", "no_color", "term", "colour"),
     [(_Tty(), "", "xterm", True), (_Tty(), "1", "xterm", False), (_Tty(), "", "dumb", False),

@@ -14,18 +14,21 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.errors import EnvironmentFault
-from finetune.terminal import clean, duration
+from finetune.terminal import clean, duration, size
 
 if TYPE_CHECKING:
     from finetune.dataset import Question
 
 _WHERE = "evaluate.command"
 _LONGEST = 64 << 20
-"""Bytes of output that are read; a number is a few."""
+"""Bytes that it may print; a number is a few."""
+_LOOK = 0.1
+"""Seconds between two looks at how much it has printed."""
 
 
 class Command(NamedTuple):
@@ -78,7 +81,7 @@ def _run(asked: Command, rows: bytes) -> bytes:
         except (OSError, ValueError) as error:
             raise _fault(f"cannot be started: {getattr(error, 'strerror', None) or error}") from None
         try:
-            code = process.wait(asked.seconds)
+            code = _wait(process, time.monotonic() + asked.seconds, (out.fileno(), err.fileno()))
         except subprocess.TimeoutExpired:
             fix = "make it faster, judge fewer rows, or raise evaluate.command_timeout"
             raise EnvironmentFault(f"took more than {duration(asked.seconds)}", _WHERE, fix) from None
@@ -93,6 +96,22 @@ def _run(asked: Command, rows: bytes) -> bytes:
             raise _fault(f"{how}: {clean(words[-1], 300) if words else 'it said nothing'}")
         out.seek(0)
         return out.read(_LONGEST)
+
+
+def _wait(process: subprocess.Popen[bytes], end: float, printed: Sequence[int]) -> int:
+    """Its exit code. ``printed``: files that it writes, which must not fill the disk.
+
+    Raises:
+        TimeoutExpired: it runs on after ``end``.
+        EnvironmentFault: it prints without an end.
+    """
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(max(0.0, min(_LOOK, end - time.monotonic())))
+        if any(os.fstat(one).st_size > _LONGEST for one in printed):
+            raise _fault(f"printed more than {size(_LONGEST)}")
+        if time.monotonic() > end:
+            raise subprocess.TimeoutExpired(process.args, 0)
 
 
 def _number(value: Any) -> float:

@@ -46,7 +46,11 @@ def build(exported: dict[str, Any]) -> dict[str, Any]:
 def fragment(schema: dict[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
     """The part of a built schema that governs a key; empty where nothing does."""
     for part in path:
-        schema = schema.get("items", {}) if isinstance(part, int) else schema.get("properties", {}).get(part, {})
+        kind = "items" if isinstance(part, int) else "properties"
+        # Of a key that may also be null, the branch that has such parts.
+        branches: list[dict[str, Any]] = [schema, *schema.get("anyOf", ())]
+        schema = next((one[kind] for one in branches if kind in one), {})
+        schema = schema if isinstance(part, int) else schema.get(part, {})
     return schema
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from finetune.errors import EnvironmentFault
 from finetune.evals import command
 from tests.evals.rows import questions
+from tests.runs import ROOT
 
 READ = "import json, sys; rows = [json.loads(line) for line in sys.stdin]; "
 
@@ -89,3 +91,20 @@ def _alive(pid: int) -> bool:
 def test_a_command_that_is_not_there() -> None:
     with pytest.raises(EnvironmentFault, match="cannot be started: No such file"):
         command.judge(questions("a"), ["a"], (["/nowhere/judge"], 5))
+
+
+def test_what_prints_without_an_end_is_stopped_before_it_fills_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_LONGEST", 1_000_000)
+    for stream in ("stdout", "stderr"):
+        code = f"import sys\nwhile True: sys.{stream}.write('1\\n' * 10_000)"
+        began = time.monotonic()
+        with pytest.raises(EnvironmentFault, match=r"printed more than 1\.0 MB"):
+            command.judge(questions("a"), ["a"], python(code, seconds=60))
+        assert time.monotonic() - began < 30
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    page = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "sys.stdin" in block]
+    verdicts, _ = command.judge(questions("four", "four"), ["for", "a long answer to it"], python(code))
+    assert verdicts == [1, 0]

@@ -239,6 +239,11 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:12:3: data.eval_fraction",
         "together with eval_path",
     ),
+    "a number in a list of words": (
+        metric("command", "command: [sleep, 100]"),
+        "r.yaml:22:20: evaluate.command[1]",
+        "must be text; found 100",
+    ),
     "a number where true was meant": (
         swap("  seed: 7", "  compile: 1"),
         "r.yaml:19:3: train.compile",

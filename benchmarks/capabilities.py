@@ -10,6 +10,7 @@ or says because of it). What has been tried is kept in runs/capabilities until a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cells import CHECKS, WORKS, Row, attempt, rows  # noqa: E402
+from finetune import hardware  # noqa: E402
 from finetune.recipe import adapter_methods  # noqa: E402
 from finetune.runfolder import write_json  # noqa: E402
 
@@ -145,6 +147,8 @@ def _try(name: str, base: str, scratch: Path) -> tuple[str, str, dict[str, str]]
     torch.set_num_threads(1)
     row = next(row for row in rows() if row.name == name)
     folder = scratch / f"{os.getpid()}"
+    if not hasattr(hardware.detect, "cache_info"):  # measuring this machine's speed anew takes half of a cell's time
+        hardware.detect = functools.cache(hardware.detect)  # type: ignore[assignment]
     return name, base, attempt(row, base, scratch / ("bfloat16" if base == "bf16" else "float32"), folder)
 
 

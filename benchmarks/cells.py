@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from finetune import certify, hardware, manifest, merge, pipeline, trained, whole
+from finetune import certify, manifest, merge, pipeline, trained, whole
 from finetune.errors import FinetuneError
 from finetune.kernels import frozen_linear
 from finetune.recipe import adapter_fields, adapter_methods, adapter_source, yamlfile
@@ -130,9 +130,6 @@ def attempt(row: Row, weights: str, base: Path, folder: Path) -> dict[str, str]:
             return _Cell(row, weights, base, folder).verdicts()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-hardware.detect = functools.cache(hardware.detect)  # measuring this machine's speed anew takes half of a cell's time
 
 
 class _Cell:

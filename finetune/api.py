@@ -205,9 +205,9 @@ def verify(release: PathLike, *, key: PathLike | None = None) -> list[str]:
         ModelError: the folder is no release.
         EnvironmentFault: a signature cannot be checked here.
     """
-    from finetune import signature
+    from finetune import seal
 
-    return signature.faults(Path(release), _path(key))
+    return seal.faults(Path(release), _path(key))
 
 
 def _path(given: PathLike | None) -> Path | None:

@@ -51,6 +51,24 @@ def write(folder: Path, provenance: dict[str, Any], progress: Callable[[int], No
     _put(folder / verify.SUMS, verify.sums(digests | {verify.MANIFEST: manifest.digest_bytes(written)}))
 
 
+def faults(folder: Path, key: Path | None, progress: Callable[[int], None] = lambda count: None) -> list[str]:
+    """Everything that does not hold of a release, and of its signature where a public ``key`` is given.
+
+    ``progress`` as of ``verify.faults``.
+
+    Raises:
+        ModelError: the folder is no release.
+        EnvironmentFault: the signature cannot be judged here.
+    """
+    try:
+        found = verify.faults(folder, progress)
+        return found + (signature.check_signature(folder, key) if key is not None else [])
+    except verify.NoRelease as error:
+        raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None
+    except signature.CannotCheck as error:
+        raise EnvironmentFault(str(error), str(folder), "pip install 'finetune-qwen[sign]'") from None
+
+
 def sign(folder: Path, key: Path | None) -> None:
     """Sign a written release, or sign it anew, and list the signature in ``SHA256SUMS``.
 

@@ -186,10 +186,10 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check every byte of a release. Exit 1 where anything differs. Needs no torch."""
-    from finetune import signature
+    from finetune import seal
 
     screen = terminal(quiet=quiet, as_json=as_json)
-    faults = signature.faults(folder, key, ByteBar.over(screen, "verifying", folder.rglob("*")).more)
+    faults = seal.faults(folder, key, ByteBar.over(screen, "verifying", folder.rglob("*")).more)
     if faults:
         raise FinetuneError.of([Fault(fault, str(folder)) for fault in faults])
     screen.say(f"{folder}: every file is what was released{'' if key is None else ', and the signature is right'}")

@@ -21,31 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune import verify
-from finetune.errors import EnvironmentFault, ModelError
 
 PACKAGES = "pip install 'finetune-qwen[sign]', or model-signing and pyopenssl"
 
 
 class CannotCheck(Exception):  # noqa: N818 — the machine's fault, not the release's
     """The signature cannot be judged here: a package, the key or the network is missing."""
-
-
-def faults(folder: Path, key: Path | None, progress: Callable[[int], None] = lambda count: None) -> list[str]:
-    """Everything that does not hold of a release, and of its signature where a public ``key`` is given.
-
-    ``progress`` as of ``verify.faults``.
-
-    Raises:
-        ModelError: the folder is no release.
-        EnvironmentFault: the signature cannot be judged here.
-    """
-    try:
-        found = verify.faults(folder, progress)
-        return found + (check_signature(folder, key) if key is not None else [])
-    except verify.NoRelease as error:
-        raise ModelError(str(error), str(folder), "name a folder that `finetune release` made") from None
-    except CannotCheck as error:
-        raise EnvironmentFault(str(error), str(folder), "pip install 'finetune-qwen[sign]'") from None
 
 
 def check_signature(folder: Path, key: Path) -> list[str]:

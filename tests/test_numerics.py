@@ -33,7 +33,7 @@ def test_everything_holds_here_and_nothing_is_left(tmp_path: Path, monkeypatch: 
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path)
-    said = finetune("doctor", "--numerics", "--json")
+    said = finetune("doctor", "--numerics", "--json", "--quiet")
     found = json.loads(said.out)
     assert (said.code, found["holds"], said.err) == (0, True, "")
     checks = found["numerics"]

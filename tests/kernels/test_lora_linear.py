@@ -297,7 +297,7 @@ def test_another_methods_linear_at_rest_is_not_taken_for_a_frozen_one(
     with policy.evaluating():
         states = policy.hidden(ids, torch.arange(25)[None], (0, 25))
         expected = policy.causal_lm.model(input_ids=ids).last_hidden_state
-        with policy.without_adapter():
-            alone = policy.causal_lm.model(input_ids=ids).last_hidden_state
+    with policy.evaluating(adapter=False):
+        alone = policy.causal_lm.model(input_ids=ids).last_hidden_state
     assert tiny.distance(states, expected) < 1e-5
     assert tiny.distance(alone, expected) > 1e-2

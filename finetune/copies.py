@@ -44,12 +44,8 @@ class Copies:
     def __init__(self, url: str, folder: RunFolder, keep: int, terminal: Terminal) -> None:
         from fsspec.core import url_to_fs
 
-        self.url, self.folder, self.keep, self._terminal = (
-            f"{url.rstrip('/')}/{folder.root.name}",
-            folder,
-            keep,
-            terminal,
-        )
+        self.url = f"{url.rstrip('/')}/{folder.root.name}"
+        self.folder, self.keep, self._terminal = folder, keep, terminal
         try:
             self._fs, self._root = url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:

@@ -40,6 +40,17 @@ class Origin:
         return {key: value for key, value in found.items() if value or key == "path"}
 
 
+def base(draft: Draft) -> None:
+    """The base model by the words that Hugging Face's own settings have for it."""
+    settings = draft.settings
+    if settings.has("model_name_or_path"):
+        draft.put("model", settings.text("model_name_or_path"), "model_name_or_path")
+    else:
+        settings.fault("model_name_or_path", "missing", "name the base model")
+    if settings.text("model_revision", "main") != "main":
+        draft.put("revision", settings.text("model_revision"), "model_revision")
+
+
 def targets(draft: Draft, key: str, names: Sequence[str], note: str = "") -> None:
     """``adapter.target_modules``: names of linears, those of the original Qwen by their native ones.
 

@@ -17,7 +17,7 @@
 # You begin with questions that have several answers each, score the answers, and end with a file of pairs (a chosen and
 # a rejected ending) that is checked, that you have looked at token by token, and that does not teach length by mistake.
 #
-# `finetune` reads, checks and shows such pairs; no objective of a recipe trains on them yet.
+# `finetune` reads, checks and shows such pairs, and `objective: {method: dpo}` (or orpo, simpo) trains on them.
 #
 # The questions are the committed dates (Unicode CLDR, through `babel`; Unicode License v3).
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune import importers
 from finetune.dsfile import scheduler
-from finetune.foreign import Course, Draft, Settings, short
+from finetune.foreign import BY_HAND, ONWARD, Course, Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
 from finetune.hftrainer import TRACKERS, Names, course
 
@@ -37,7 +37,7 @@ def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="axolotl 0.19.0")
     if settings.has("rl"):
         raise settings.stop(
-            "rl", f"{short(settings.text('rl'))} has no objective here", "only supervised fine-tuning is taken over"
+            "rl", f"{short(settings.text('rl'))} is not taken over, only supervised fine-tuning is", BY_HAND
         )
     kind = settings.text("adapter")
     if kind not in ("lora", "qlora"):
@@ -113,7 +113,7 @@ def _adapter(made: Draft, settings: Settings) -> None:
     if settings.text("peft_init_lora_weights", "true") not in ("true", "gaussian"):
         made.lost("peft_init_lora_weights", "an adapter begins at zero here, so that the base is not changed")
     if settings.has("lora_model_dir"):
-        made.lost("lora_model_dir", "a run begins with a new adapter: merge that one into its base first")
+        made.lost("lora_model_dir", ONWARD)
     if settings.has("peft"):
         made.lost("peft", "LoftQ and torchao: the base is quantised as quantize.weights says")
     whole(made, "lora_modules_to_save", settings.items("lora_modules_to_save"))

@@ -15,8 +15,8 @@ from typing import Any
 from finetune import importers
 from finetune.dsfile import scheduler
 from finetune.errors import RecipeError
-from finetune.foreign import Draft, Settings, short
-from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
+from finetune.foreign import BY_HAND, ONWARD, Draft, Settings, short
+from finetune.foreignparts import Origin, base, compute, eval_rows, number_formats, targets, train_rows, whole
 from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
@@ -33,19 +33,12 @@ def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="LLaMA-Factory 0.9.5")
     stage, kind = settings.text("stage", "sft"), settings.text("finetuning_type", "lora")
     if stage not in ("sft", "pt"):
-        raise settings.stop(
-            "stage", f"{short(stage)} has no objective here", "only sft and pt (plain text) are taken over"
-        )
+        raise settings.stop("stage", f"{short(stage)} is not taken over, only sft and pt (plain text) are", BY_HAND)
     if kind != "lora":
         raise settings.stop("finetuning_type", f"{short(kind)} trains what is no LoRA", "only lora is taken over")
     if settings.has("adapter_name_or_path"):
-        made.lost("adapter_name_or_path", "a run begins with a new adapter: merge that one into its base first")
-    if settings.has("model_name_or_path"):
-        made.put("model", settings.text("model_name_or_path"), "model_name_or_path")
-    else:
-        settings.fault("model_name_or_path", "missing", "name the base model")
-    if settings.text("model_revision", "main") != "main":
-        made.put("revision", settings.text("model_revision"), "model_revision")
+        made.lost("adapter_name_or_path", ONWARD)
+    base(made)
     _formats(made, settings)
     _adapter(made, settings)
     packing = settings.truth("packing", default=stage == "pt") or settings.truth("neat_packing", default=False)
@@ -202,7 +195,7 @@ def _origin(made: Draft, settings: Settings, key: str, name: str, info: dict[str
         if declared.get(word):
             made.lost(key, f"{word} of {short(name)} is not read here")
     if declared.get("ranking"):
-        made.differs(key, f"{short(name)} holds preference pairs: no objective here trains on them")
+        made.differs(key, f"{short(name)} holds preference pairs: {BY_HAND}")
     format_name, columns = _columns(made, key, name, declared)
     written = declared.get("columns")
     narrowed = format_name == "alpaca" and isinstance(written, dict) and not written.get("query")

@@ -11,7 +11,7 @@ import math
 
 from finetune import importers
 from finetune.dsfile import scheduler
-from finetune.foreign import Draft, Settings, short
+from finetune.foreign import BY_HAND, ONWARD, Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
 from finetune.hftrainer import Names, course
 
@@ -27,9 +27,7 @@ _BATCH = 16
 def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="ms-swift 4.6.0")
     if settings.has("rlhf_type"):
-        raise settings.stop(
-            "rlhf_type", f"{short(settings.text('rlhf_type'))} has no objective here", "only sft is taken over"
-        )
+        raise settings.stop("rlhf_type", f"{short(settings.text('rlhf_type'))} is not taken over, only sft is", BY_HAND)
     kind = next((settings.text(key) for key in ("tuner_type", "train_type", "sft_type") if settings.has(key)), "lora")
     settings.used.update(("tuner_type", "train_type", "sft_type"))
     for key in ("train_type", "sft_type"):
@@ -122,7 +120,7 @@ def _adapter(made: Draft, settings: Settings) -> None:
     if settings.text("lora_bias", "none") != "none":
         made.lost("lora_bias", "biases are not trained here: merging could not fold them")
     if settings.items("adapters"):
-        made.lost("adapters", "a run begins with a new adapter: merge that one into its base first")
+        made.lost("adapters", ONWARD)
     whole(made, "modules_to_save", settings.items("modules_to_save"))
 
 

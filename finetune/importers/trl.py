@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from finetune import importers
 from finetune.dsfile import scheduler
-from finetune.foreign import Draft, Settings, short
-from finetune.foreignparts import Origin, compute, eval_rows, number_formats, shape, targets, train_rows, whole
+from finetune.foreign import BY_HAND, Draft, Settings, short
+from finetune.foreignparts import Origin, base, compute, eval_rows, number_formats, shape, targets, train_rows, whole
 from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
@@ -33,20 +33,13 @@ def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="TRL 1.16.0, transformers 5.23.0")
     for key, method in _OTHERS.items():
         if settings.has(key):
-            raise settings.stop(
-                key, f"this is {method}, for which there is no objective here", "only SFT is taken over"
-            )
+            raise settings.stop(key, f"this is {method}, whose settings are not taken over", BY_HAND)
     if not settings.truth("use_peft", default=False):
         what = "use_peft is not set: TRL trains every weight, and ignores whatever lora_* says"
         raise settings.stop(
             "use_peft", what, "write use_peft: true there if an adapter is meant: here only adapters are trained"
         )
-    if settings.has("model_name_or_path"):
-        made.put("model", settings.text("model_name_or_path"), "model_name_or_path")
-    else:
-        settings.fault("model_name_or_path", "missing", "name the base model")
-    if settings.text("model_revision", "main") != "main":
-        made.put("revision", settings.text("model_revision"), "model_revision")
+    base(made)
     _formats(made, settings)
     _adapter(made, settings)
     length = _window(made, settings)
@@ -166,7 +159,7 @@ def _loss(made: Draft, settings: Settings, paths: list[str]) -> None:
     only = settings.truth("assistant_only_loss", default=False)
     kinds = {shape(settings.place.columns(path)) for path in paths}
     if any({"chosen", "rejected"} <= set(settings.place.columns(path) or ()) for path in paths):
-        raise settings.stop("dataset_name", "its rows are preference pairs: no objective here trains on them")
+        raise settings.stop("dataset_name", "its rows are preference pairs", BY_HAND)
     pairs = settings.truth("completion_only_loss", default=kinds == {"pairs"})
     ours = "assistant" if only or pairs else "all"
     made.put("data.train_on", ours, "assistant_only_loss", "completion_only_loss", value=f"{only}, {pairs}".lower())

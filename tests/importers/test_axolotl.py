@@ -140,7 +140,10 @@ def test_declared_types_become_formats(place: Path, kind: str, format_name: str,
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("rl: dpo\n", "rl: dpo has no objective here"),
+        (
+            "rl: dpo\n",
+            "rl: dpo is not taken over, only supervised fine-tuning is; dpo, orpo, simpo and kto are by hand",
+        ),
         ("load_in_4bit: true\nload_in_8bit: true\n", "cannot be true beside load_in_4bit"),
         ("val_set_size: 0.1\ntest_datasets:\n  - path: more.jsonl\n", "cannot be given together with test_datasets"),
         ("val_set_size: 25\n", "val_set_size: holds out all 25 rows"),

@@ -97,7 +97,10 @@ def test_words_of_a_file(place: Path, text: str, values: dict[str, object]) -> N
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("swift rlhf --rlhf_type dpo --model base --dataset x", "rlhf_type: dpo has no objective here"),
+        (
+            "swift rlhf --rlhf_type dpo --model base --dataset x",
+            "rlhf_type: dpo is not taken over, only sft is; dpo, orpo, simpo and kto are by hand",
+        ),
         ("swift sft --model base --dataset x --tuner_type full", "full trains what is no LoRA"),
         ("swift sft --model $HOME/base --dataset x", "only a shell knows what $HOME"),
         ("swift sft --model base --dataset $(ls)", "only a shell knows what $("),

@@ -126,7 +126,10 @@ def test_what_is_in_the_loss_hangs_on_the_rows(place: Path, shape: str, extra: s
     ("text", "what"),
     [
         ("use_peft: false\nlora_r: 8", "use_peft: use_peft is not set: TRL trains every weight"),
-        ("use_peft: true\nbeta: 0.1", "beta: this is DPO, for which there is no objective here"),
+        (
+            "use_peft: true\nbeta: 0.1",
+            "beta: this is DPO, whose settings are not taken over; dpo, orpo, simpo and kto are by hand",
+        ),
         ("use_peft: true\nload_in_4bit: true\nload_in_8bit: true", "load_in_8bit: cannot be true beside load_in_4bit"),
         ("use_peft: true\nlora_r: many", "lora_r: must be a number; found many"),
         ("use_peft: true\nlora_r: 0", "lora_r: must be a whole number, at least 1; found 0"),

@@ -57,10 +57,6 @@ def talk(
     return {"folder": str(folder), "settings": asked, "conversations": session.rows()}
 
 
-class _CtrlC(Exception):  # noqa: N818 - an event
-    pass
-
-
 class _Chat:
     def __init__(self, session: Session, out: Terminal, notes: Terminal) -> None:
         self._session, self._out, self._notes = session, out, notes
@@ -73,7 +69,7 @@ class _Chat:
         while True:
             try:
                 text = self._message()
-            except _CtrlC:
+            except KeyboardInterrupt:
                 self._notes.say("\n(Ctrl-D or /quit leaves)")
                 continue
             if text is None or text == "/quit":
@@ -235,10 +231,8 @@ def _ctrl_c_ends_the_answer() -> Iterator[Callable[[], bool]]:
 
 
 def _ctrl_c_clears_the_line() -> contextlib.AbstractContextManager[None]:
-    def handle(number: int, frame: object) -> None:
-        raise _CtrlC
-
-    return _on_ctrl_c(handle)
+    # Python's own handler: one written in Python fails (SystemError) where two signals reach input() together.
+    return _on_ctrl_c(signal.default_int_handler)
 
 
 @contextlib.contextmanager

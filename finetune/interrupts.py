@@ -1,6 +1,6 @@
-"""SIGTERM, Ctrl-C and the end of a given time as requests: finish the step, save, leave with exit code 6.
+"""SIGTERM, Ctrl-C, a hang-up and the end of a given time as requests: finish the step, save, leave with exit code 6.
 
-A second signal leaves at once.
+A second SIGTERM or Ctrl-C leaves at once.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class StopRequest:
         if not self._deferring:
             raise KeyboardInterrupt
 
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        """The terminal or the parent is gone. Each thread of a dying parent may send one: a second means nothing."""
+        if not self.requested:
+            self._handle(number, frame)
+
     def _alarm(self, number: int, frame: FrameType | None) -> None:
         """The given time is over, or a request was swallowed a moment ago."""
         self._time_is_up()
@@ -84,7 +89,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a request only sets ``requested``: for work that must not be cut in two. Leaving answers it."""
+        """Inside, a request only sets ``requested``: for work that must not be cut in two. Leaving answers it.
+
+        One that a library swallowed before is answered on entering.
+        """
+        if self.requested:
+            raise self.interrupted()
         self._deferring = True
         try:
             yield
@@ -109,7 +119,7 @@ class StopRequest:
 def out_of_reach() -> Iterator[None]:
     """Processes started inside never get these signals. Schedulers and terminals send them to every process of a job,
     and a helper that died of one would take the step, and with it the checkpoint, along."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
@@ -117,14 +127,15 @@ def out_of_reach() -> Iterator[None]:
 
 
 def end_with(parent: int) -> None:
-    """Ask the system to send this process SIGTERM when its ``parent`` ends, however that ends.
+    """Ask the system to send this process SIGHUP when its ``parent`` ends, however that ends.
 
     It saves where it stands then, as on request. Linux only (prctl(2), PR_SET_PDEATHSIG); elsewhere nothing happens.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a parent under nohup hands down that it is ignored
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)
     if os.getppid() != parent:  # it ended before this was asked
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -136,6 +147,8 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
     handlers = {signal.SIGINT: request._handle, signal.SIGTERM: request._handle, signal.SIGALRM: request._alarm}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the command is to outlive its terminal
+        handlers[signal.SIGHUP] = request._hang_up
     former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     former_hook, sys.unraisablehook = sys.unraisablehook, request._swallowed
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -35,6 +36,21 @@ def deferred(done: list[str]) -> None:
         done.append("finished")
 
 
+def told_twice_that_the_parent_is_gone(done: list[str]) -> None:
+    with stop_requests() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        done.append("finished")
+
+
+def swallowed_before(done: list[str]) -> None:
+    with stop_requests() as stop:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with stop.deferred():
+            done.append("begun")
+
+
 def cut_within_deferred(done: list[str]) -> None:
     with stop_requests() as stop, stop.deferred():
         try:
@@ -52,13 +68,30 @@ def asked_before_the_part(done: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "expected"), [(deferred, ["finished"]), (cut_within_deferred, ["saved"]), (asked_before_the_part, [])]
+    ("work", "expected"),
+    [
+        (deferred, ["finished"]),
+        (told_twice_that_the_parent_is_gone, ["finished"]),
+        (swallowed_before, []),
+        (cut_within_deferred, ["saved"]),
+        (asked_before_the_part, []),
+    ],
 )
 def test_deferred_work_is_cut_only_where_it_allows(work: Callable[[list[str]], None], expected: list[str]) -> None:
     done: list[str] = []
     with pytest.raises(Interrupted):
         work(done)
     assert done == expected
+
+
+def test_nohup_is_heeded() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def swallow_and_sleep() -> None:

@@ -122,8 +122,8 @@ def test_a_recipe_is_judged_with_its_own_tokenizer_window_and_training_rows(work
     [
         ("x.jsonl", GOOD.encode("utf-16"), "perhaps UTF-16"),
         ("x.jsonl", GOOD.replace("a", "é").encode("latin-1"), "latin-1"),
-        ("x.jsonl", gzip.compress(GOOD.encode()), "this is a gzip file"),
-        ("x.jsonl.gz", gzip.compress(GOOD.encode())[:-4], "cannot be read"),
+        ("x.jsonl", gzip.compress(GOOD.encode(), mtime=0), "this is a gzip file"),
+        ("x.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-4], "cannot be read"),
         ("x.csv", b'prompt,completion\na,"b\n', "not valid CSV"),
         ("x.json", b"[{]", "not valid JSON"),
     ],

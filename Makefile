@@ -12,8 +12,9 @@ quickstart: base
 	$(RUN)/finetune merge runs/quickstart --out runs/quickstart/merged && \
 	$(RUN)/finetune summary runs/quickstart $$began
 
+# A worker for each core, four at most: memory counts too.
 test: setup
-	$(RUN)/python -m pytest -q
+	$(RUN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 # The same, with the share of the package's lines that it runs; fails below 90 %. Takes half as much time again.
 coverage: setup

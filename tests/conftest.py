@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+if _WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: as the command sets it
 _CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")  # no test reads or fills the user's own cache
 os.environ["XDG_CACHE_HOME"] = _CACHE.name

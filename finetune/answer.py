@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import bare, finished, gather
+from finetune import base as bases
 from finetune.conversation import Conversation, strings
 from finetune.errors import DataError
 from finetune.model import Policy
@@ -180,7 +181,9 @@ def load(folder: Path, terminal: Terminal) -> Speaker:
 
     Special tokens that somebody writes in a message are text there, and never open a turn of another role.
     """
-    if (place := bare.find(folder)) is not None:
+    place = bare.find(folder)
+    bases.refuse_scorer(place or folder, "a conversation")
+    if place is not None:
         speaker = Speaker(bare.inspect(place).load(terminal), _name(folder))
     else:
         prepared, files = finished.open_run(folder, terminal)

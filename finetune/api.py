@@ -114,7 +114,8 @@ def predict(
     model: PathLike, data: PathLike, out: PathLike, *,
     base: bool = False, max_new_tokens: int = 256, batch_rows: int = 16, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Answer every row of a file greedily, into ``out`` as JSON lines; a killed call goes on. → what it did.
+    """Answer every row of a file greedily, or score it where the model is a reward model, into ``out`` as JSON lines; a
+    killed call goes on. → what it did.
 
     Args:
         model: a run's folder, an adapter's or a model's.
@@ -130,7 +131,7 @@ def predict(
     """
     from finetune import pipeline
 
-    how = {"base": base, "max_new_tokens": max_new_tokens, "batch_rows": batch_rows, "column": "answer"}
+    how = {"base": base, "max_new_tokens": max_new_tokens, "batch_rows": batch_rows}
     return pipeline.predict(Path(model), Path(data), Path(out), _screen(progress), **how, sampling=None)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune import base as bases
-from finetune import hardware, manifest, model, source, tokenizer
+from finetune import hardware, manifest, model, objectives, recipe, source, tokenizer
 from finetune.base import Base
 from finetune.errors import ModelError
 from finetune.loading import BaseForm
 from finetune.model import Policy
+from finetune.objectives import Objective
+from finetune.recipe.sections import Evaluate
 from finetune.renderer import Renderer
 from finetune.terminal import ByteBar, Terminal
 
@@ -27,6 +30,19 @@ class Bare:
         """What it is: the digests of its files, and its form."""
         bar = ByteBar.over(terminal, "verifying the model", self.base.files())
         return {"base": self.base.digests(bar.more), "form": asdict(self.form)}
+
+    def wanted(self, overrides: Sequence[str]) -> Evaluate:
+        """How it is judged: by loss and, where it writes text, exact match, and what is overridden."""
+        return recipe.evaluation(overrides, ("loss",) if self.base.shape.scored else ("loss", "exact_match"))
+
+    def objective(self, metrics: Sequence[str]) -> Objective | None:
+        """What judges its pairs where it is a reward model, without a margin. Raises ModelError for other metrics."""
+        if not self.base.shape.scored:
+            return None
+        for metric in metrics:
+            if metric != "loss":
+                bases.refuse_scorer(self.base.folder, f"the metric {metric}")
+        return objectives.get("reward", {"margin": 0.0, "centre_rewards_coefficient": 0.0})
 
     def renderer(self) -> Renderer:
         return Renderer(tokenizer.of(self.base), self.base.stop_token, piecewise=self.base.piecewise)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import families, headers, manifest, tokens
-from finetune.decoder import DecoderShape
+from finetune.decoder import SCORE, DecoderShape, is_scored
 from finetune.errors import Fault, ModelError
 from finetune.families import qwen1
 from finetune.headers import Tensor
@@ -107,6 +107,35 @@ def inspect(folder: Path, rope: str | None = None, *, weights_only: bool = False
         folder=folder, layout=layout, config=config, shape=shape, tensors=tensors, stop_token=stop_token,
         notes=_notes(stored, layout), origin=origin,
     )  # fmt: skip
+
+
+def as_scorer(base: Base) -> Base:
+    """The base with a score head in place of its head over the vocabulary; a reward model is one already.
+
+    The head begins as zeros: every text has the same reward, and no pair is told apart before one was learned from.
+    """
+    if base.shape.scored:
+        return base
+    kept = {name: tensor for name, tensor in base.tensors.items() if name != "lm_head.weight"}
+    kept[SCORE] = Tensor(
+        shard=max(one.shard for one in kept.values()), dtype="F32", shape=(1, base.shape.hidden), made=True
+    )
+    named = [str(name).replace("ForCausalLM", "ForSequenceClassification") for name in base.config["architectures"]]
+    config = base.config | {"architectures": named, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    config["problem_type"] = "regression"  # or a pipeline would show the sigmoid of a reward
+    return replace(base, config=config, shape=replace(base.shape, scored=True), tensors=kept)
+
+
+def refuse_scorer(folder: Path, doing: str) -> None:
+    """Raise ModelError where a reward model's run, adapter or own folder is asked for what takes words."""
+    told = [
+        _read_json(folder / name) or {}
+        for name in ("config.json", "adapter_config.json", "adapter/adapter_config.json")
+    ]
+    named = told[0].get("architectures")
+    if "SEQ_CLS" in [one.get("task_type") for one in told] or is_scored(named):
+        what = f"this is a reward model: it scores whole texts and writes none, which {doing} needs"
+        raise ModelError(what, str(folder), "score rows with it (finetune predict), or judge pairs (finetune eval)")
 
 
 def _notes(stored: dict[str, Any], layout: str) -> tuple[str, ...]:

@@ -154,6 +154,7 @@ def passing_bytes(
     held = 0 if offload else layers * width * shape.hidden * one.tokens
     ahead = held + (shape.layers - layers) * kept * one.tokens
     rows = min(one.supervised, chunk_rows(shape.vocab, device)) if kernels else one.supervised
+    rows = 0 if shape.scored else rows  # one number a text
     head = rows * shape.vocab * ((4 + width) if kernels else _PLAIN_HEAD)
     final = shape.hidden * (3 * 4 + 3 * width) * one.tokens
     options = [(ahead, final, head), (ahead, live, 0)]

@@ -79,7 +79,8 @@ def merge(given: Trained, out: Path, asked: Asked, terminal: Terminal) -> dict[s
     if reason:
         raise FinetuneError(reason, str(out), "the folder is marked unusable (config.json.unusable)")
     kept = note["proof"]
-    terminal.say(f"merged model: {out}   proof: mean KL {kept['mean_kl']:.1e} ≤ {kept['bound']:.0e}")
+    rewards = f"; rewards differ by {kept['apart']:.1e} at most" if "apart" in kept else ""
+    terminal.say(f"merged model: {out}   proof: mean KL {kept['mean_kl']:.1e} ≤ {kept['bound']:.0e}{rewards}")
     return note
 
 

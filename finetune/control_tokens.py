@@ -36,12 +36,12 @@ class ControlTokens:
     ids: dict[str, int]
     notes: tuple[str, ...] = ()
 
-    def fields(self, tied: bool) -> dict[str, list[int]]:
+    def fields(self, own_head: bool) -> dict[str, list[int]]:
         """PEFT's ``trainable_token_indices``. A bare list would reach the embedding alone: an untied head is named."""
         if not self.ids:
             return {}
         ids = sorted(self.ids.values())
-        return {"embed_tokens": ids} | ({} if tied else {"lm_head": ids})
+        return {"embed_tokens": ids} | ({"lm_head": ids} if own_head else {})
 
 
 def resolve(located: Located, base: Base, renderer: Renderer, met: Collection[int] = ()) -> ControlTokens:
@@ -75,7 +75,7 @@ def resolve(located: Located, base: Base, renderer: Renderer, met: Collection[in
     if wanted == "none":
         note = f"{names} look untrained in this base, and trainable_tokens is none: the model may never end an answer"
         return ControlTokens(ids={}, notes=(note,))
-    size = len(found) * base.shape.hidden * (1 if base.shape.tied else 2)
+    size = len(found) * base.shape.hidden * (2 if base.shape.own_head else 1)
     note = (
         f"{names} look untrained in this base: their rows are trained too ({size:,} parameters), as "
         f"trainable_tokens: [{names}] says"
@@ -121,7 +121,7 @@ def untrained(base: Base, tokens: dict[str, int], unused: Sequence[int]) -> dict
     ordinary = [index * first // _SAMPLE for index in range(min(_SAMPLE, first))]
     found: dict[str, int] = {}
     with Reader(base) as reader:
-        for matrix in _MATRICES[: 1 if base.shape.tied else 2]:
+        for matrix in _MATRICES[: 2 if base.shape.own_head else 1]:
             usual = reader.rows(matrix, ordinary).float().norm(dim=1).median()
             spare = reader.rows(matrix, unused).float() if unused else torch.zeros(0, base.shape.hidden)
             rows = reader.rows(matrix, list(tokens.values())).float()

@@ -23,6 +23,9 @@ _NUMBERS = (
 _LARGEST, _MOST = 100_000_000, {"num_hidden_layers": 1000}
 """Beyond these a number is a damaged file's, and listing the tensors would take for ever."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SCORE = "score.weight"
+"""A score head's only tensor: [1, hidden]."""
+_SCORED = "ForSequenceClassification"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,13 @@ class DecoderShape:
     max_positions: int
     biased: tuple[str, ...]
     qk_norm: bool
+    scored: bool = False
+    """Whether it has a score head in place of a head over the vocabulary: a reward model."""
+
+    @property
+    def own_head(self) -> bool:
+        """Whether it has a head over the vocabulary that is not the embedding."""
+        return not (self.tied or self.scored)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DecoderShape:
@@ -66,6 +76,7 @@ class DecoderShape:
             max_positions=config["max_position_embeddings"],
             biased=_biased(config),
             qk_norm=family == "qwen3",
+            scored=is_scored(config.get("architectures")),
         )
 
     @classmethod
@@ -93,8 +104,10 @@ class DecoderShape:
         for layer in range(self.layers):
             found |= {f"model.layers.{layer}.{name}": shape for name, shape in self._layer().items()}
         found["model.norm.weight"] = (self.hidden,)
-        if not self.tied:
+        if self.own_head:
             found["lm_head.weight"] = (self.vocab, self.hidden)
+        if self.scored:
+            found[SCORE] = (1, self.hidden)
         return found
 
     def _layer(self) -> dict[str, tuple[int, ...]]:
@@ -120,6 +133,11 @@ class DecoderShape:
                 size *= side
             total += size
         return total
+
+
+def is_scored(architectures: Any) -> bool:
+    """Whether a config's ``architectures`` name a model with a score head."""
+    return isinstance(architectures, list) and any(str(name).endswith(_SCORED) for name in architectures)
 
 
 def _biased(config: dict[str, Any]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ class Judged:
     losses: list[float] = field(default_factory=list)
     verdicts: dict[str, list[float]] = field(default_factory=dict)
     log_probs: list[float] = field(default_factory=list)
-    """Of both texts of each row that judges answers."""
+    """Of both texts of each row that judges answers; empty of a reward model."""
     measured: str = ""
     """What the losses are of, where that is not cross-entropy."""
 
@@ -106,13 +106,17 @@ def _ranked(
 ) -> tuple[list[list[float]], list[float], dict[str, Any]]:  # fmt: skip
     """(losses, log-probabilities, scores) of rows that judge answers. A merged model has no reference of its own."""
     texts = how.objective.texts(held_out.examples)
-    found = preference.log_probs(policy, texts, how.micro_batch_tokens, _counter("preferences", len(texts), progress))
+    tick = _counter("preferences", len(texts), progress)
+    found = preference.read(how.objective, policy, texts, how.micro_batch_tokens, tick)
+    if how.objective.scored:
+        losses, scores = preference.score(how.objective, held_out.examples, found, None)
+        return [[one] for one in losses], [], scores
     if origin is None and not adapter:
         origin = found
     elif origin is None and policy.adapted:
         tick = _counter("reference", len(texts), progress)
         with policy.evaluating(adapter=False):
-            origin = preference.log_probs(policy, texts, how.micro_batch_tokens, tick)
+            origin = preference.read(how.objective, policy, texts, how.micro_batch_tokens, tick)
     losses, scores = preference.score(how.objective, held_out.examples, found, origin)
     return [[one] for one in losses], found, scores
 

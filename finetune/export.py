@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from finetune import base as bases
 from finetune import certify, checkpoint, layouts, manifest, trained
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, ModelError
@@ -53,6 +54,7 @@ def gguf_for(
         ModelError: what was written differs from the model, or GGUF cannot hold it; nothing is left behind.
         EnvironmentFault: a package is missing, something is in the way, or the disk refuses.
     """
+    bases.refuse_scorer(run, "a GGUF file")
     _refuse_place(out)
     if adapter_only:
         if quantise:
@@ -72,6 +74,7 @@ def gguf_for(
 
 def ollama_for(run: Path, out: Path, quantise: str | None, terminal: Terminal) -> dict[str, Any]:
     """Write the merged model as GGUF and its Modelfile into the new folder ``out``. Raises as ``gguf_for``."""
+    bases.refuse_scorer(run, "Ollama")
     _refuse_place(out)
     gguf.ready(out, quantise, terminal.status)
     with _merged(run, out, terminal) as folder, atomic_folder(out) as temporary:

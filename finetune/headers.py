@@ -19,7 +19,8 @@ _LIMIT = 100 * 1024 * 1024
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
     """Where one tensor lies. ``stored``: its name in the shard, where it is another; ``rows``: the part of that tensor
-    which is this one, where it is not all of it; ``start``: the shard's byte at which what is stored begins."""
+    which is this one, where it is not all of it; ``start``: the shard's byte at which what is stored begins; ``made``:
+    no file holds it yet, it is all zeros."""
 
     shard: str
     dtype: str
@@ -27,6 +28,7 @@ class Tensor:
     stored: str = ""
     rows: tuple[int, int] | None = None
     start: int = field(default=0, compare=False)
+    made: bool = False
 
     @property
     def bytes(self) -> int:

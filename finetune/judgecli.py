@@ -56,7 +56,10 @@ def predict(
     base: Annotated[bool, typer.Option("--base/--adapter", help="of a run: ask its bare base, or its adapter")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens", min=1)] = 256,
     batch_rows: Annotated[int, typer.Option("--batch-rows", help="rows answered at once", min=1)] = 16,
-    column: Annotated[str, typer.Option("--column", help="the column that the answer goes to")] = "answer",
+    column: Annotated[
+        str | None,
+        typer.Option("--column", help="the column for the answer: answer, or of a reward model reward"),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option("--temperature", help="draw tokens at this temperature; without it, greedy", min=1e-3, max=2),
@@ -69,7 +72,7 @@ def predict(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer every row of a file; killed, the same command goes on and ends with the same bytes."""
+    """Answer every row of a file, or score it (reward models); killed, the same command ends with the same bytes."""
     if temperature is None and (top_p is not None or top_k is not None or seed):
         raise typer.BadParameter("nothing is drawn without --temperature", param_hint="--temperature")
     from finetune import pipeline

@@ -26,11 +26,11 @@ from finetune import (
     harness,
     heldout,
     manifest,
-    recipe,
     runpage,
     scores,
     window,
 )
+from finetune import base as bases
 from finetune.bare import Bare
 from finetune.dataset import Reader, Source, read_rows
 from finetune.errors import DataError, ModelError
@@ -145,6 +145,8 @@ def judge(folder: Path, asked: Asked, terminal: Terminal) -> dict[str, Any]:
         ModelError, DataError, RecipeError, EnvironmentFault: as opening, reading rows and measuring say.
     """
     place = bare.find(folder)
+    if asked.tasks:
+        bases.refuse_scorer(place or folder, "a task of lm-eval")
     tasks = harness.Tasks(asked.tasks, asked.task_path, chat=asked.chat) if asked.tasks else None
     held_out, how, subjects, files, origin = (
         _of_run(folder, asked, terminal) if place is None else (*_of_model(place, asked, terminal), None)
@@ -229,19 +231,20 @@ def _of_model(folder: Path, asked: Asked, terminal: Terminal) -> Opened:
     """A bare model folder, merged or a base, in the number format that this machine computes in."""
     if asked.merged is not None:
         raise ModelError("--merged goes with a run", str(folder), "name the run, or leave it out")
-    wanted, found = recipe.evaluation(asked.overrides), bare.inspect(folder)
+    found = bare.inspect(folder)
+    wanted = found.wanted(asked.overrides)
     subject = _plain("model", found, terminal)
     how = How(
         metrics=wanted.metrics, max_new_tokens=wanted.max_new_tokens, batch_rows=wanted.batch_rows,
-        micro_batch_tokens=_MICRO_BATCH, asked=wanted.asked(),
+        micro_batch_tokens=_MICRO_BATCH, asked=wanted.asked(), objective=found.objective(wanted.metrics),
     )  # fmt: skip
     if asked.data is None:
         return None, how, [subject], None
     made, most = found.renderer(), found.base.shape.max_positions
     keep = wanted.multiple_choice if isinstance(wanted.multiple_choice, str) else None
     rows = read_rows(Reader(Source(path=str(asked.data)), gather.special_tokens(made)), keep=keep)[: wanted.rows]
-    fitted = window.fit(rows, window.Window(renderer=made, max_length=most))
-    held_out = heldout.make(fitted, made, wanted.metrics, wanted.asked())
+    fit = window.Window(renderer=made, max_length=most, rows="pairs" if how.objective else "answers")
+    held_out = heldout.make(window.fit(rows, fit), made, wanted.metrics, wanted.asked())
     longest = max((len(question.prompt) for question in held_out.questions), default=0)
     if longest + wanted.max_new_tokens > most:
         what = f"a prompt of {longest} tokens and {wanted.max_new_tokens} of answer exceed the model's positions"
@@ -264,11 +267,8 @@ def _settings(how: How | None) -> dict[str, Any]:
     command = how.asked.get("command")
     words = [how.asked.get("json_schema"), *(command[0] if command else ())]
     paths = [Path(place) for word in words if word and (place := shutil.which(word) or word)]
-    return (
-        asdict(how)
-        | {"objective": repr(how.objective)}
-        | {"files": {str(path): manifest.digest(path) for path in paths if path.is_file()}}
-    )
+    files = {str(path): manifest.digest(path) for path in paths if path.is_file()}
+    return asdict(how) | {"objective": repr(how.objective), "files": files}
 
 
 def _digest(value: Any) -> str:

@@ -43,6 +43,9 @@ def write(base: Base, out: Path, layout: str, *, trained: bool = False) -> None:
 
 def refuse_impossible(base: Base, layout: str) -> None:
     """Raise ModelError where this base cannot be written in that layout."""
+    if layout == "original" and base.shape.scored:
+        what = "the original Qwen layout has no place for a score head"
+        raise ModelError(what, str(base.folder), "write it in the native layout")
     if layout == "original" and base.origin is None:
         what = "this model never had the original Qwen layout"
         raise ModelError(what, str(base.folder), "write it in the native layout")
@@ -53,8 +56,8 @@ def refuse_impossible(base: Base, layout: str) -> None:
 
 def _write_native(base: Base, out: Path, trained: bool) -> None:
     config = {key: value for key, value in base.config.items() if key not in ("auto_map", "logn_from")}
-    write_synced(out / "config.json", json_bytes(config))
-    write_synced(out / "generation_config.json", json_bytes(generation(base, trained=trained)))
+    if not base.shape.scored:
+        write_synced(out / "generation_config.json", json_bytes(generation(base, trained=trained)))
     taken = _ORIGINAL_ONLY if base.layout == "original" else set()
     for path in _small_files(base.folder):
         if path.name not in _NOT_COPIED | taken:
@@ -65,14 +68,49 @@ def _write_native(base: Base, out: Path, trained: bool) -> None:
             for path in sorted((base.folder / ORIGIN).iterdir()):
                 if path.is_file() and (path.name == INDEX or not _WEIGHTS.match(path.name)):
                     shutil.copyfile(path, out / ORIGIN / path.name)
+        _write_config(config, base, out)
         return
     write_tokenizer(base, out)
+    _write_config(config, base, out)
     (out / ORIGIN).mkdir()
     for path in sorted(base.folder.iterdir()):
         if path.is_file() and (path.name == INDEX or not _WEIGHTS.match(path.name)):
             shutil.copyfile(path, out / ORIGIN / path.name)
     headers_of = {shard: headers.text(base.folder / shard).decode() for shard in base.shards}
     write_synced(out / ORIGIN / HEADERS, json_bytes(headers_of))
+
+
+def _write_config(config: dict[str, Any], base: Base, out: Path) -> None:
+    """The config; of a reward model with the token that pads, in the tokenizer's settings too."""
+    if base.shape.scored:
+        token, identifier = padding(base)
+        config = config | {"pad_token_id": identifier}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            stored = read_json(out / name)
+            if isinstance(stored, dict) and ("pad_token" in stored or name == "tokenizer_config.json"):
+                write_synced(out / name, json_bytes(stored | {"pad_token": token}))
+    write_synced(out / "config.json", json_bytes(config))
+
+
+def padding(base: Base) -> tuple[str, int]:
+    """(token, id) that a reward model's texts are padded with: not the stop token that they end with.
+
+    transformers reads a score at the last token that is none of padding: where both are one, as in SmolLM2, it would
+    pass the stop token over.
+    """
+    if not (base.folder / "tokenizer.json").is_file():
+        first = len(tiktoken_file.read_ranks(base.folder / VOCABULARY))
+        return tiktoken_file.END, first + tiktoken_file.SPECIALS.index(tiktoken_file.END)
+    entries = json.loads((base.folder / "tokenizer.json").read_bytes())["added_tokens"]
+    settings = read_json(base.folder / "tokenizer_config.json")
+    named = settings.get("pad_token") if isinstance(settings, dict) else None
+    named = named.get("content") if isinstance(named, dict) else named
+    others = {str(one["content"]): int(one["id"]) for one in entries if one["content"] != base.stop_token}
+    token = next((one for one in (named, tiktoken_file.END) if one in others), next(iter(others), ""))
+    if not token:
+        what = "the tokenizer has no token beside its stop token, which a reward model's texts could be padded with"
+        raise ModelError(what, str(base.folder / "tokenizer.json"), "take a base with a padding token")
+    return token, others[token]
 
 
 def write_tokenizer(base: Base, out: Path) -> None:

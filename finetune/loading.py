@@ -117,7 +117,7 @@ def load(
         ModelError: tensors missing, of another shape, or not finite.
         EnvironmentFault: the device's memory is too small.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -126,7 +126,7 @@ def load(
         source = Source(reader, base, dtype, progress, change)
         try:
             config = _config(base)
-            model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            model, report = _class_of(base, config).from_pretrained(
                 None,
                 config=config,
                 state_dict=source.tensors(),
@@ -157,6 +157,14 @@ def load(
     return model
 
 
+def _class_of(base: Base, config: Any) -> Any:
+    """The library's class of the model, with the head that the base has."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    kinds = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if base.shape.scored else MODEL_FOR_CAUSAL_LM_MAPPING
+    return kinds[type(config)]
+
+
 def _config(base: Base) -> Any:
     """The library's own config of a base. Raises ModelError with what it does not accept."""
     from transformers import AutoConfig
@@ -174,15 +182,15 @@ def streamed(base: Base, form: BaseForm, change: Change | None = None) -> Any:
     For proofs on a machine that a merged model does not fit. Slow for generation, where every token reads it all.
     """
     from accelerate import init_empty_weights
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = _config(base)
     attention = logn.register() if base.config.get("logn_from") else "sdpa"
     with init_empty_weights():
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, attn_implementation=attention)
+        model = _class_of(base, config)._from_config(config, attn_implementation=attention)
     reader = Reader(base)
     weakref.finalize(model, reader.close)
-    units = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
+    head = model.score if base.shape.scored else model.lm_head
+    units = [model.model.embed_tokens, *model.model.layers, model.model.norm, head]
     for unit in units:
         unit.register_forward_pre_hook(_filled(_reading(reader, change), _names(model, unit, base), form))
         unit.register_forward_hook(_emptied)

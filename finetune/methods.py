@@ -38,14 +38,35 @@ class Added:
     said: tuple[str, ...] = ()
 
 
-def config(method: str, fields: Mapping[str, Any]) -> Any:
-    """PEFT's config. Raises ValueError, TypeError or ImportError as PEFT does."""
+def config(method: str, fields: Mapping[str, Any], *, scored: bool = False) -> Any:
+    """PEFT's config; with ``scored`` of a model with a score head, which PEFT then trains whole beside the adapter.
+
+    Raises ValueError, TypeError or ImportError as PEFT does.
+    """
     from peft import get_peft_config
 
+    if scored:  # a list of its own, which PEFT adds its names of heads to
+        fields = {**fields, "task_type": "SEQ_CLS", "modules_to_save": [*(fields.get("modules_to_save") or ())]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fields that have no effect together
         made = {"peft_type": method.upper(), "task_type": "CAUSAL_LM", **fields, **_OWN.get(method, {})}
         return get_peft_config(made)
+
+
+def stored(settings: Any) -> dict[str, Any]:
+    """What ``adapter_config.json`` has of PEFT's config, with sets sorted so that equal runs write equal bytes."""
+    found = settings.to_dict()
+    if found["task_type"] == "SEQ_CLS":  # PEFT adds all names of heads that it knows, and each time anew
+        found["modules_to_save"] = [one for one in dict.fromkeys(found["modules_to_save"]) if one != "classifier"]
+    return {key: _plain(value) for key, value in sorted(found.items())}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return getattr(value, "value", value)
 
 
 def put_on(model: Any, settings: Any) -> Any:

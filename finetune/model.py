@@ -56,6 +56,17 @@ class Policy:
         return head
 
     @property
+    def scored(self) -> bool:
+        """Whether it has a score head in place of a head over the vocabulary."""
+        return hasattr(self.causal_lm, "score")
+
+    def rate(self, states: torch.Tensor) -> torch.Tensor:
+        """What the score head says of hidden states: [n, hidden] → [n], in fp32 or wider whatever the model is in."""
+        weight: Any = whole_module.acting(self.causal_lm.score).weight
+        wide = torch.promote_types(states.dtype, torch.float32)
+        return torch.nn.functional.linear(states.to(wide), weight.to(wide)).squeeze(-1)
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = self.causal_lm.model.rotary_emb.inv_freq.device  # weights may be read only when needed
         return device
@@ -206,7 +217,7 @@ def attach(
     """
     torch.manual_seed(seed)
     try:
-        model = methods.put_on(policy.model, methods.config(method, fields))
+        model = methods.put_on(policy.model, methods.config(method, fields, scored=policy.scored))
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -283,14 +294,5 @@ def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
 
 def adapter_config(model: Any, base_name: str) -> dict[str, Any]:
     """PEFT's ``adapter_config.json``, with sets sorted so that equal runs write equal bytes."""
-    config = model.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": base_name, "inference_mode": True}
-    return {key: _plain(value) for key, value in sorted(config.items())}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return getattr(value, "value", value)
+    config = methods.stored(model.peft_config["default"])
+    return config | {"base_model_name_or_path": base_name, "inference_mode": True}

@@ -218,6 +218,8 @@ def _aim(recipe: Recipe) -> list[str]:
     against = f"the adapter of {origin}" if origin else "the base without adapter"
     seen = f"the reference is {against}, looked at in each step: no second model" if passes else "no reference policy"
     parts = "a pair is a chosen and a rejected text, never parted; " if chosen.rows == "pairs" else ""
+    if chosen.scored:
+        seen = "a score head is trained beside the adapter, from zeros, and read at each text's last token"
     return [f"objective {chosen.method} ({settings}): {parts}{seen}"]
 
 

@@ -1,4 +1,4 @@
-"""``finetune predict``: every row of a file answered, each answer beside its row's own columns.
+"""``finetune predict``: every row of a file answered, each answer beside its row's own columns; a reward model scores.
 
 Rows of like length share a batch, the longest first, so that what does not fit memory shows at once. Each batch is one
 line of ``OUT.part`` when it is done; a killed command goes on from there, and answers again what a torn last line held.
@@ -14,16 +14,16 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from finetune import bare, checkpoint, generation, hardware, manifest, tokenizer, trained, unanswered
+from finetune import bare, checkpoint, generation, hardware, manifest, rating, tokenizer, trained, unanswered
 from finetune.base import Base
 from finetune.dataset import Source
-from finetune.errors import DataError, EnvironmentFault
+from finetune.errors import DataError, EnvironmentFault, ModelError
 from finetune.model import Policy
 from finetune.renderer import Renderer
 from finetune.runfolder import disk_fault, make_folder, read_json, remove, rename, sync_folder, write_json
@@ -33,12 +33,13 @@ from finetune.terminal import Progress, Terminal
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """How to answer. ``base``: without the adapter; ``column``: where the answer goes; ``sampling``: None is greedy."""
+    """How to answer. ``base``: without the adapter; ``column``: where the answer goes, by default answer, of a reward
+    model reward; ``sampling``: None is greedy."""
 
     base: bool = False
     max_new_tokens: int = 256
     batch_rows: int = 16
-    column: str = "answer"
+    column: str | None = None
     sampling: Mapping[str, Any] | None = None
 
 
@@ -62,6 +63,8 @@ def predict(folder: Path, data: Path, out: Path, asked: Asked, terminal: Termina
         EnvironmentFault: ``out`` is of something else, or another process works on it.
     """
     opened = _open(folder, terminal)
+    asked = _settled(asked, opened)
+    column = asked.column or ""
     if not data.is_file():
         raise DataError("no such file", str(data), "name a file with rows")
     facts: dict[str, Any] = {
@@ -73,15 +76,14 @@ def predict(folder: Path, data: Path, out: Path, asked: Asked, terminal: Termina
     beside = out.with_name(f"{out.name}.facts.json")
     if out.exists() or out.is_symlink():
         return _done(out, beside, facts["key"], terminal)
-    room = opened.base.shape.max_positions - asked.max_new_tokens
-    prompts = unanswered.prompts(_rows(data, opened), opened.renderer, room=room, column=asked.column)
+    job = _job(data, opened, asked, column)
     make_folder(out.parent)
     part = out.with_name(f"{out.name}.part")
     with _held(part) as file:
-        found, cut = _answer(file, part, facts["key"], prompts, opened, asked, terminal)
+        found, cut = _answer(file, part, facts["key"], job, opened, asked, terminal)
         if manifest.digest(data) != facts["data_sha256"]:
             raise DataError("this file has changed meanwhile", str(data), "put it back, and run the same command")
-        temporary = _write(out, data, opened, asked.column, found)
+        temporary = _write(out, data, opened, column, found)
         facts |= {
             "rows": len(found), "cut": cut, "sha256": manifest.digest(temporary),
             "environment": hardware.environment(hardware.detect()),
@@ -90,10 +92,46 @@ def predict(folder: Path, data: Path, out: Path, asked: Asked, terminal: Termina
         rename(temporary, out)
         sync_folder(out.parent)
         remove(part)
-    terminal.say(f"{out}: {len(found):,} rows answered; what they are of: {beside}")
+    done = "scored" if opened.base.shape.scored else "answered"
+    terminal.say(f"{out}: {len(found):,} rows {done}; what they are of: {beside}")
     if cut:
         terminal.say(f"{cut:,} answers were cut at {asked.max_new_tokens} tokens: --max-new-tokens allows more")
     return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The rows' ``lengths`` in tokens, and what answers some, by their places: → (answers, how many were cut)."""
+
+    lengths: Sequence[int]
+    do: Callable[[Policy, Sequence[int]], tuple[list[Any], int]]
+
+
+def _settled(asked: Asked, opened: Opened) -> Asked:
+    """With the column that is meant. Raises ModelError for what a reward model cannot do."""
+    if not opened.base.shape.scored:
+        return replace(asked, column=asked.column or "answer")
+    if asked.base or asked.sampling:
+        what = "a reward model's base has no score head" if asked.base else "a reward model draws nothing"
+        raise ModelError(what, "--base" if asked.base else "--temperature", "leave it out")
+    return replace(asked, column=asked.column or "reward")
+
+
+def _job(data: Path, opened: Opened, asked: Asked, column: str) -> Job:
+    """What is to be done with the rows. Raises DataError."""
+    rows, most = _rows(data, opened), opened.base.shape.max_positions
+    if opened.base.shape.scored:
+        texts = rating.texts(rows, opened.renderer, longest=most, column=column)
+        lengths = [sum(len(one.ids) for one in row) for row in texts]
+        return Job(lengths=lengths, do=lambda policy, chosen: (rating.rate(policy, [texts[at] for at in chosen]), 0))
+    prompts = unanswered.prompts(rows, opened.renderer, room=most - asked.max_new_tokens, column=column)
+    sampling = GREEDY if asked.sampling is None else Sampling(**asked.sampling)
+
+    def answer(policy: Policy, chosen: Sequence[int]) -> tuple[list[Any], int]:
+        ids = answered(policy, [prompts[at] for at in chosen], asked.max_new_tokens, sampling, chosen)
+        return [generation.text(policy, one) for one in ids], sum(len(one) >= asked.max_new_tokens for one in ids)
+
+    return Job(lengths=[len(prompt) for prompt in prompts], do=answer)
 
 
 def _rows(data: Path, opened: Opened) -> Source:
@@ -149,39 +187,36 @@ def _held(part: Path) -> Iterator[IO[bytes]]:
 
 
 def _answer(
-    file: IO[bytes], part: Path, key: str, prompts: Sequence[tuple[int, ...]], opened: Opened, asked: Asked,
-    terminal: Terminal,
-) -> tuple[list[str], int]:  # fmt: skip
+    file: IO[bytes], part: Path, key: str, job: Job, opened: Opened, asked: Asked, terminal: Terminal
+) -> tuple[list[Any], int]:
     """All answers in the order of the rows, and how many were cut; what is in the file already is not asked again."""
-    batches = generation.batches([len(prompt) for prompt in prompts], asked.batch_rows)[::-1]
+    total, batches = len(job.lengths), generation.batches(job.lengths, asked.batch_rows)[::-1]
     done = _taken_up(file, part, key, batches)
-    found, cut, rows = [""] * len(prompts), 0, 0
+    found: list[Any] = [""] * total
+    cut = rows = 0
     for chosen, line in zip(batches, done, strict=False):
         rows, cut = rows + len(chosen), cut + line["cut"]
         for index, text in zip(chosen, line["answers"], strict=True):
             found[index] = text
     if done:
-        terminal.say(f"going on after {rows:,} of {len(prompts):,} rows")
+        terminal.say(f"going on after {rows:,} of {total:,} rows")
     if len(done) == len(batches):
         return found, cut
     policy = opened.load()
-    sampling = GREEDY if asked.sampling is None else Sampling(**asked.sampling)
     bar = Progress(terminal, "answering", start=rows)
     with policy.evaluating(adapter=not asked.base):
         for number, chosen in enumerate(batches[len(done) :], len(done)):
-            bar(rows, len(prompts))
+            bar(rows, total)
             try:
-                ids = answered(policy, [prompts[at] for at in chosen], asked.max_new_tokens, sampling, chosen)
+                texts, short = job.do(policy, chosen)
             except torch.OutOfMemoryError as error:
                 what = f"out of memory: {str(error).splitlines()[0]}"
                 raise EnvironmentFault(what, f"{len(chosen)} rows at once", "lower --batch-rows") from None
-            texts = [generation.text(policy, one) for one in ids]
-            short = sum(len(one) >= asked.max_new_tokens for one in ids)
             _append(file, {"batch": number, "answers": texts, "cut": short})
             for index, text in zip(chosen, texts, strict=True):
                 found[index] = text
             rows, cut = rows + len(chosen), cut + short
-    bar(rows, len(prompts))
+    bar(rows, total)
     return found, cut
 
 
@@ -222,7 +257,7 @@ def _is_batch(value: Mapping[str, Any], number: int, batches: Sequence[Sequence[
         and isinstance(value.get("cut"), int)
         and isinstance(texts, list)
         and len(texts) == len(batches[number])
-        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(text, str | float | dict) for text in texts)
     )
 
 
@@ -239,7 +274,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
         return (json.dumps(value, default=str) + "\n").encode()
 
 
-def _write(out: Path, data: Path, opened: Opened, column: str, found: Sequence[str]) -> Path:
+def _write(out: Path, data: Path, opened: Opened, column: str, found: Sequence[Any]) -> Path:
     """The rows with their answers, in a temporary file beside ``out``."""
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:

@@ -27,7 +27,7 @@ from finetune import (
     starting,
     tokenizer,
 )
-from finetune.base import Base, inspect
+from finetune.base import Base, as_scorer, inspect
 from finetune.budget import Load
 from finetune.dataset import Reader
 from finetune.decoder import DecoderShape
@@ -138,7 +138,7 @@ def _prepared(
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
     load = _load(located.recipe, gathered, len(renderer.tokenizer))
     made = plan.make(
-        located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.tied),
+        located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.own_head),
         notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks,
                *_may_end_early(located.recipe)],
     )  # fmt: skip
@@ -194,6 +194,11 @@ def _inspect(located: Located, folder: Path) -> Base:
     base = inspect(folder, rope)
     if rope and base.origin is None:
         raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
+    if located.recipe.objective.scored:
+        return as_scorer(base)
+    if base.shape.scored:
+        what = f"this is a reward model, which {located.recipe.objective.method} cannot train: it writes no text"
+        raise RecipeError(what, located.where("model"), "name another, or set objective.method: reward")
     return base
 
 
@@ -222,6 +227,7 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, mu
         raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
     if reach is not None:
         shape = replace(shape, family="qwen1", max_positions=reach)
+    shape = replace(shape, scored=located.recipe.objective.scored)
     gather.read_only(located.recipe)
     unchecked = (
         f"the weights, tokenizer and template of {name}: not on this disk ({evidence})",

@@ -57,6 +57,9 @@ def prove(
         raise ModelError("two GGUF files have no tokenizer to ask with", first, "name a model's folder for one of them")
     samples = _rows(pair, base, rows)
     for one in pair:
+        if base.shape.scored != (one.base is not None and one.base.shape.scored):
+            what = "one of them is a reward model and the other writes text"
+            raise ModelError(what, f"{first} and {second}", "compare two of a kind")
         _refuse_other_tokens(one, base, samples)
     answers = []
     for one in pair:
@@ -64,7 +67,8 @@ def prove(
         answers.append(_answers(one, pair, samples, terminal))
         gc.collect()
     width = min(found.shape[1] for found in answers)  # rows that pad a vocabulary are asked of nobody
-    answers = [found[:, :width].log_softmax(dim=-1) for found in answers]
+    if width > 1:  # rewards are no distribution
+        answers = [found[:, :width].log_softmax(dim=-1) for found in answers]
     found = proof.compare(answers[0], answers[1], bound)
     losses = [proof.loss(each, samples) for each in answers]
     for line in _table(pair, losses, found):
@@ -149,4 +153,6 @@ def _table(pair: Sequence[Model], losses: Sequence[float], found: proof.Proof) -
     lines = [f"{f'{found.positions} positions':<{width}}{'loss':>9}"]
     lines += [f"{one.path!s:<{width}}{loss:>9.4f}" for one, loss in zip(pair, losses, strict=True)]
     agree = f"the same best token at {found.agreement:.1%}"
+    if found.apart is not None:
+        agree = f"texts ranked alike {found.agreement:.1%}, rewards {found.apart:.1e} apart at most"
     return [*lines, f"mean KL {found.mean_kl:.1e} nats (at most {found.bound:.0e}), max {found.max_kl:.1e}; {agree}"]

@@ -79,7 +79,7 @@ def parts(need: Need, layers: int, done: Work) -> dict[str, float]:
     shape, hardware, width = need.shape, need.hardware, BYTES[need.compute]
     rate = (hardware.flops_fp32 if need.compute == "fp32" else None) or hardware.flops or 1.0
     threads = hardware.threads
-    linear, head = shape.linear_parameters(), shape.vocab * shape.hidden
+    linear, head = shape.linear_parameters(), 0 if shape.scored else shape.vocab * shape.hidden
     again = layers / shape.layers
     # A token's products: forward 2N, backward 2N (the base has no weight gradients), 2N again where it is recomputed.
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -89,7 +89,7 @@ def parts(need: Need, layers: int, done: Work) -> dict[str, float]:
         "products": (done.tokens * (4 + 2 * again) * linear + 4 * done.supervised * head) / rate,
         "moved": done.tokens * (2 + again) * shape.layers * row / threads,
         "scores": (1 + again / 3) * done.squares * shape.layers * shape.heads * 4 / threads,
-        "logits": done.supervised * shape.vocab * 4 / threads,
+        "logits": 0.0 if shape.scored else done.supervised * shape.vocab * 4 / threads,
         "unpacked": done.passes * (2 + again) * linear * width / threads if packed else 0.0,
         "layer": done.passes * shape.layers * (2 + again),
         "step": done.steps,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune import checkpoint, ended, manifest, metrics, model, starts
+from finetune import checkpoint, ended, layouts, manifest, metrics, model, starts
 from finetune import scores as score_file
 from finetune.checkpoint import Checkpoint
 from finetune.copies import Copies
@@ -152,13 +152,15 @@ def write_adapter(run: Run, policy: Policy) -> None:
     from safetensors.torch import save as tensors_to
 
     recipe = run.prepared.recipe
-    made = {
+    made: dict[str, Any] = {
         "base": recipe.model,
         "commit": run.prepared.commit,
         "base_sha256": run.identity.base,
         "rope": recipe.rope,
         "form": {key: value for key, value in asdict(run.form()).items() if key != "device"},
     }
+    if run.base.shape.scored:  # what a plain load must be told: see layouts.padding
+        made["pad_token_id"] = layouts.padding(run.base)[1]
     weights, config = starts.result(policy.model, run.prepared.plan.model)
     files = {
         checkpoint.PROVENANCE: json_bytes(made),

@@ -128,7 +128,11 @@ def _counted(kind: str, members: list[str], found: methods.Added, shape: Decoder
 def modules(shape: DecoderShape) -> list[str]:
     """Every module name of the model, containers and parameterless ones included: a pattern is held against all."""
     leaves = [name.rpartition(".")[0] for name in shape.tensors()]
-    leaves += ["lm_head", "model.rotary_emb", *(f"model.layers.{layer}.mlp.act_fn" for layer in range(shape.layers))]
+    leaves += [
+        *(() if shape.scored else ("lm_head",)),
+        "model.rotary_emb",
+        *(f"model.layers.{layer}.mlp.act_fn" for layer in range(shape.layers)),
+    ]
     found: dict[str, None] = {}
     for leaf in leaves:
         parts = leaf.split(".")
@@ -248,7 +252,7 @@ def _low_rank_tensors(names: list[str], fields: dict[str, Any], shape: DecoderSh
 
 
 def _whole_sizes(fields: dict[str, Any], shape: DecoderShape) -> list[int]:
-    names = fields.get("modules_to_save") or []
+    names = [*(fields.get("modules_to_save") or ()), *(("score",) if shape.scored else ())]
     return [
         math.prod(size)
         for tensor, size in shape.tensors().items()

@@ -150,6 +150,7 @@ def of_adapter(
         fix = "name its folder with --model, or fetch it: finetune plan with `model:` set to it says how"
         raise ModelError(f"the base {asked} is not on this disk", str(folder), fix)
     base = bases.inspect(found.folder, record.get("rope"))
+    base = bases.as_scorer(base) if config.get("task_type") == "SEQ_CLS" else base
     if faults := merge.empty(checkpoint.read_adapter(folder).weights):
         raise ModelError.of([fault._replace(where=str(folder)) for fault in faults[:20]])
     digests = base.digests(ByteBar.over(terminal, "verifying the base", base.files()).more)

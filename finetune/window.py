@@ -26,7 +26,7 @@ _TRAINS = {
     "answers": "objective sft trains on every answer", "pairs": "this objective trains on pairs",
     "labels": "objective kto trains on labels",
 }  # fmt: skip
-_SINGLE, _PAIRED = "train with objective.method: sft", "train with objective.method: dpo, orpo or simpo"
+_SINGLE, _PAIRED = "train with objective.method: sft", "train with objective.method: dpo, orpo, simpo or reward"
 _LABELLED = "train with objective.method: kto"
 _MEND = {
     ("answers", "pairs"): f"{_PAIRED}; to train on the chosen answers alone, write them as messages",

@@ -18,8 +18,8 @@ ENTRANCE = [
     "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
-    "judgement", "harness", "predict", "bare", "unanswered", "doctor", "numerics", "adopt", "draft", "proposal",
-    "survey",
+    "judgement", "harness", "predict", "rating", "bare", "unanswered", "doctor", "numerics", "adopt", "draft",
+    "proposal", "survey",
     "push", "upload", "release", "export", "seal", "card", "terms", "as_lora", "prove", "certify", "trained",
     "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",

@@ -115,7 +115,7 @@ def test_the_plan_counts_pairs() -> None:
     [
         ("sft", "dpo", "shows an answer and judges none", "objective.method: sft"),
         ("sft", "kto", "shows an answer and judges none", "add label: true or false"),
-        ("dpo", "sft", "ranks two answers", "objective.method: dpo, orpo or simpo"),
+        ("dpo", "sft", "ranks two answers", "objective.method: dpo, orpo, simpo or reward"),
         ("dpo", "kto", "ranks two answers", "write both endings as rows"),
         ("kto", "simpo", "says whether an answer is wanted", "objective.method: kto"),
         ("kto", "sft", "says whether an answer is wanted", "objective.method: kto"),

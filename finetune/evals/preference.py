@@ -3,7 +3,8 @@
 ``preference_accuracy``: the share of pairs whose chosen text the model itself finds more probable, which any model has.
 ``reward_accuracy``: the share whose chosen text gained more on the reference than the rejected one did; of rows with
 labels, the share of all couples of a wanted and an unwanted one (the area under the curve). Ties are half right: the
-reference itself has 0.5. ``reward_margin``: by how much, on average.
+reference itself has 0.5. ``reward_margin``: by how much, on average. Of a reward model these two are of the rewards
+that its score head gives.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ import torch
 from finetune import schedule
 from finetune.bootstrap import wilson
 from finetune.objectives import Ranking, better, collate
-from finetune.objectives import log_probs as of_batch
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
     from finetune.model import Policy
 
 
-def log_probs(
-    policy: Policy, texts: Sequence[Example], micro_batch_tokens: int, progress: Callable[[int], None]
-) -> list[float]:
-    """Each text's log-probability. Call inside ``policy.evaluating()``."""
+def read(
+    objective: Ranking, policy: Policy, texts: Sequence[Example], micro_batch_tokens: int,
+    progress: Callable[[int], None],
+) -> list[float]:  # fmt: skip
+    """What the objective makes of each text: its log-probability, or its reward. Inside ``policy.evaluating()``."""
     found = [0.0] * len(texts)
     for pack in schedule.pack([len(text.ids) for text in texts], micro_batch_tokens):
         batch = collate([texts[i] for i in pack]).to(policy.device)
-        for index, value in zip(pack, of_batch(policy, batch).tolist(), strict=True):
+        for index, value in zip(pack, objective.read(policy, batch).tolist(), strict=True):
             found[index] = value
         progress(len(pack))
     return found
@@ -40,13 +41,13 @@ def log_probs(
 def score(
     objective: Ranking, examples: Sequence[Example], found: Sequence[float], origin: Sequence[float] | None
 ) -> tuple[list[float], dict[str, Any]]:
-    """(each row's loss, the scores) from its texts' log-probabilities, the model's and the reference's.
+    """(each row's loss, the scores) from what was read of its texts, in the model and in the reference.
 
     Without those of the reference only what needs none is told.
     """
     ours, theirs = _by_row(found), None if origin is None else _by_row(origin)
     scores: dict[str, Any] = {}
-    if objective.paired:
+    if objective.paired and not objective.scored:
         scores |= _share("preference_accuracy", better(ours[:, 0], ours[:, 1]))
     judged = objective.judge(examples, ours, theirs)
     if judged is None:

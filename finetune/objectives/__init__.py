@@ -109,9 +109,14 @@ class Ranking(Objective, Protocol):
 
     paired: bool
     """Whether a row is a pair; else it is wanted or not."""
+    scored: bool
+    """Whether a text is read as a reward by a score head, which has no reference; else as its log-probability."""
 
     def texts(self, examples: Sequence[Example]) -> list[Example]:
         """Two samples for each row, whose log-probabilities ``judge`` takes."""
+
+    def read(self, policy: Policy, batch: Batch) -> torch.Tensor:
+        """What is made of each text: [texts], fp64, with a graph."""
 
     def judge(
         self, examples: Sequence[Example], found: torch.Tensor, origin: torch.Tensor | None
@@ -174,6 +179,7 @@ class Pairs:
     """What the objectives of pairs share: the loss is a mean over pairs, made of either text's log-probability."""
 
     paired = True
+    scored = False
     referred = False
     """Whether the loss looks at a reference policy."""
 
@@ -188,9 +194,12 @@ class Pairs:
 
     def loss(self, policy: Policy, batch: Batch) -> StepLoss:
         origin = reference_log_probs(policy, batch).view(-1, 2) if self.referred else None
-        found = log_probs(policy, batch).view(-1, 2)
+        found = self.read(policy, batch).view(-1, 2)
         losses, rewards = self.each(found, origin, batch.sizes().view(-1, 2))
-        return StepLoss(total=losses.sum(), count=batch.count, tallies=_told(found, rewards))
+        return StepLoss(total=losses.sum(), count=batch.count, tallies=_told(found, rewards, scored=self.scored))
+
+    def read(self, policy: Policy, batch: Batch) -> torch.Tensor:
+        return log_probs(policy, batch)
 
     def each(
         self, found: torch.Tensor, origin: torch.Tensor | None, sizes: torch.Tensor
@@ -210,13 +219,13 @@ class Pairs:
         return self.each(found, origin, torch.tensor(sizes, dtype=torch.float64).view(-1, 2))
 
 
-def _told(found: torch.Tensor, rewards: torch.Tensor) -> Tallies:
-    """The figures of some pairs: rewards, how often the chosen has more, and log-probabilities."""
+def _told(found: torch.Tensor, rewards: torch.Tensor, *, scored: bool) -> Tallies:
+    """The figures of some pairs: rewards, how often the chosen has more, and log-probabilities where these are read."""
     pairs = len(found)
     right = better(rewards[:, 0], rewards[:, 1]).sum()
     sums = torch.stack([*rewards.sum(dim=0), right, *found.detach().sum(dim=0)]).tolist()
     names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
-    return {name: (value, pairs) for name, value in zip(names, sums, strict=True)}
+    return {name: (value, pairs) for name, value in zip(names[: 3 if scored else 5], sums, strict=False)}
 
 
 def better(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Kto:
     undesirable_weight: float
     longest: int
     paired = False
+    scored = False
 
     def batches(self, examples: Sequence[Example], limit: int) -> list[Batch]:
         others = self._mismatched(examples)
@@ -60,6 +61,9 @@ class Kto:
             rows += len(batch.rows)
         zero = max(0.0, found / rows)
         return [replace(batch, zero=zero, beside=None) for batch in batches]
+
+    def read(self, policy: Policy, batch: Batch) -> torch.Tensor:
+        return log_probs(policy, batch)
 
     def loss(self, policy: Policy, batch: Batch) -> StepLoss:
         assert batch.wanted is not None

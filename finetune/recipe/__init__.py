@@ -154,12 +154,12 @@ def _further(
     return list(faults.values()) or ([] if taken else list(echoes.values()))
 
 
-def evaluation(overrides: Sequence[str] = ()) -> Evaluate:
-    """The section ``evaluate:`` alone, for a model without a recipe: loss and exact match, and what is overridden.
+def evaluation(overrides: Sequence[str] = (), metrics: Sequence[str] = ("loss", "exact_match")) -> Evaluate:
+    """The section ``evaluate:`` alone, for a model without a recipe: these ``metrics``, and what is overridden.
 
     Raises ``RecipeError`` with every fault found.
     """
-    tree: dict[str, Any] = {"evaluate": {"metrics": ["loss", "exact_match"]}}
+    tree: dict[str, Any] = {"evaluate": {"metrics": list(metrics)}}
     origins = sources.Origins()
     sources.override(tree, origins, overrides)
     made, errors = None, []

@@ -17,10 +17,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "gamma": 1.0},
     "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "reward": {"margin": 0.0, "centre_rewards_coefficient": 0.0},
 }
 """Method → its keys. Those of the papers: DPO, ORPO and KTO 0.1, SimPO 2 with a margin of half of it."""
-ROWS = {"sft": "answers", "dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels"}
+ROWS = {"sft": "answers", "dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels", "reward": "pairs"}
 """Method → what it trains on."""
+SCORED = ("reward",)
+"""Methods that train a score head, in place of the head over the vocabulary."""
 _SCORES = {
     "pairs": ("preference_accuracy", "reward_accuracy", "reward_margin"),
     "labels": ("reward_accuracy", "reward_margin"),
@@ -36,6 +39,8 @@ def scores(tree: dict[str, Any]) -> tuple[str, ...]:
     """What the metric ``loss`` measures beside it, where rows judge answers."""
     section = tree.get("objective", {})
     method = section.get("method", "sft") if isinstance(section, dict) else None
+    if method in SCORED:
+        return ("reward_accuracy", "reward_margin")
     return _SCORES.get(ROWS.get(method, ""), ()) if isinstance(method, str) else ()
 
 
@@ -56,6 +61,8 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
         what = "kto takes its zero point from the other answers of a step"
         yield Finding(("train", "examples_per_step"), what, "give it two at least, better 16 or more")
     yield from _formats(tree, method)
+    if method in SCORED:
+        yield from _scored(tree, method)
     if method != "sft":
         yield from _single_answers(tree, method)
         yield from _room(tree, method)
@@ -101,6 +108,23 @@ def _single_answers(tree: dict[str, Any], method: str) -> Iterator[Finding]:
     for at, metric in enumerate(metrics if isinstance(metrics, list) else []):
         if method == "kto" and metric == "exact_match":
             yield Finding(("evaluate", "metrics", at), "a kto row may hold an unwanted answer", "remove it")
+
+
+def _scored(tree: dict[str, Any], method: str) -> Iterator[Finding]:
+    """A reward model writes no text, and its adapter holds a head that other runs have not."""
+    wanted, adapter = tree.get("evaluate"), tree.get("adapter")
+    metrics = wanted.get("metrics") if isinstance(wanted, dict) else None
+    for at, metric in enumerate(metrics if isinstance(metrics, list) else []):
+        if isinstance(metric, str) and metric != "loss":
+            what = f"{method} trains a model that scores texts and writes none"
+            yield Finding(("evaluate", "metrics", at), what, "keep loss, which tells how many pairs are told apart too")
+    if not isinstance(adapter, dict):
+        return
+    if isinstance(adapter.get("method"), str) and adapter["method"] != "lora":
+        yield Finding(("adapter", "method"), f"{method} trains its score head beside lora only", "use lora")
+    if adapter.get("start_from") is not None:
+        what, fix = "an adapter of another run has no score head", "merge that run, and set model: to the merged folder"
+        yield Finding(("adapter", "start_from"), what, fix)
 
 
 def _room(tree: dict[str, Any], method: str) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from finetune.recipe.objective_keys import DEFAULTS, ROWS
+from finetune.recipe.objective_keys import DEFAULTS, ROWS, SCORED
 
 _LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
 
@@ -38,7 +38,7 @@ class Quantize(Section):
 class Objective(Section):
     """What is minimised, and that method's own keys; those of other methods are None."""
 
-    method: Literal["sft", "dpo", "orpo", "simpo", "kto"] = Field(
+    method: Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"] = Field(
         default="sft", description="what is learned from: answers, pairs of a better and a worse one, or labels"
     )
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] | None = Field(
@@ -64,6 +64,12 @@ class Objective(Section):
     undesirable_weight: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
         default=None, description="kto: weight of unwanted answers in the loss"
     )
+    margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="reward: by how much the chosen text's reward is to be more"
+    )
+    centre_rewards_coefficient: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, description="reward: weight of the squared sum of a pair's rewards, which keeps them around zero"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +91,11 @@ class Objective(Section):
     def rows(self) -> str:
         """What it trains on: answers, pairs or labels."""
         return ROWS[self.method]
+
+    @property
+    def scored(self) -> bool:
+        """Whether it trains a score head, in place of the head over the vocabulary."""
+        return self.method in SCORED
 
 
 class Adapter(Section):

@@ -65,6 +65,8 @@ def test_the_vectors_are_what_trl_says_today() -> None:
     for kind, told in TRL["model"].items():
         assert made["model"][kind]["loss"] == pytest.approx(told["loss"], rel=1e-5)
         assert made["model"][kind]["gradient"] == pytest.approx(told["gradient"], rel=1e-4)
+    for kind, told in TRL["reward"].items():
+        assert made["reward"][kind] == pytest.approx(told, rel=1e-4)
     for kind, losses in FIXED["losses"].items():
         assert made["fixed"]["losses"][kind] == pytest.approx(losses, rel=1e-5)
     assert json.dumps(made["rows"]) == json.dumps(TRL["rows"])

@@ -107,7 +107,8 @@ def test_list_of_keys_is_frozen() -> None:
         "quantize": "weights double compute",
         "adapter": adapter,
         "trainable_tokens": None,
-        "objective": "method loss beta label_smoothing length_normalised gamma desirable_weight undesirable_weight",
+        "objective": "method loss beta label_smoothing length_normalised gamma desirable_weight undesirable_weight "
+        "margin centre_rewards_coefficient",
         "data": "train_path sources eval_path eval_split eval_fraction format columns train_on thinking literal_tokens "
         "over_length",
         "train": train,

@@ -24,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 BETA, GAMMA, SMOOTHING = 0.3, 0.6, 0.2
+REWARD = {"plain": {}, "margin": {"margin": 0.4}, "centred": {"margin": 0.4, "centre": 0.1}}
 WEIGHTS = {"desirable_weight": 1.2, "undesirable_weight": 0.7}
 DPO = {
     "sigmoid": {"loss": "sigmoid"},
@@ -129,7 +130,7 @@ def wake(model: Any) -> None:
 
     with torch.no_grad():
         for name, value in sorted(model.named_parameters()):
-            if ".lora_" in name:
+            if ".lora_" in name or ".modules_to_save." in name:
                 seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
                 value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
 
@@ -199,6 +200,39 @@ def of_model(folder: Path) -> dict[str, dict[str, float]]:
     return told
 
 
+def of_reward(folder: Path) -> dict[str, dict[str, float]]:
+    """The same by TRL's RewardTrainer, over the tiny base with a score head, with its own figures."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardTrainer
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    told = {}
+    for name, settings in REWARD.items():
+        # No id of its texts: where padding is a token that they end with, the reward is read before it.
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=torch.float32, pad_token_id=300
+        )
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        asked = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="SEQ_CLS")
+        model = get_peft_model(plain, asked)
+        wake(model)
+        pairs = [
+            {side: pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids")}
+            | ({"margin": settings["margin"]} if "margin" in settings else {})
+            for pair in rows()
+        ]
+        batch = DataCollatorForPreference(pad_token_id=300)(pairs)
+        trainer = _stand_in(model=model, args=SimpleNamespace(center_rewards_coefficient=settings.get("centre")))
+        loss = RewardTrainer.compute_loss(trainer, model.train(), batch)
+        loss.backward()
+        squares = sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None)
+        said = {key: trainer._metrics["train"][key][0] for key in ("accuracy", "margin", "mean_reward")}
+        told[name] = {"loss": float(loss.detach()), "gradient": math.sqrt(squares), **said}
+    return told
+
+
 def _older(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """The batch of TRL's older trainers: ids, mask and labels of either text."""
     import torch
@@ -221,12 +255,13 @@ def make() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         digest = base(Path(scratch) / "base")
         told = of_model(Path(scratch) / "base")
+        scored = of_reward(Path(scratch) / "base")
     names = ("trl", "torch", "transformers", "peft")
     return {
         "versions": {name: version(name) for name in names}, "settings": {
             "beta": BETA, "gamma": GAMMA, "label_smoothing": SMOOTHING, **WEIGHTS,
         }, "base": digest, "fixed": fixed() | {"losses": of_fixed()}, "rows": rows(), "labelled": labelled(),
-        "model": told,
+        "model": told, "reward": scored,
     }  # fmt: skip
 
 

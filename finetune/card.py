@@ -25,6 +25,8 @@ class Card:
     chat: bool
     thinking: str
     vllm_rank: int = 0
+    score: tuple[str, int] | None = None
+    """Of a reward model: the token that its texts end with, and the id that pads them."""
     end: tuple[str, ...] = ()
 
     def text(self) -> str:
@@ -44,7 +46,7 @@ class Card:
             more |= {"base_model": self.terms.base, "base_model_relation": "finetune" if merged else "adapter"}
         data = ModelCardData(
             license=licence.id if licence and known else "other", library_name="transformers" if merged else "peft",
-            tags=["lora", "finetune"], **more,
+            tags=["lora", "finetune", *(["reward-model"] if self.score else [])], **more,
         )  # fmt: skip
         return f"---\n{data.to_yaml()}\n---"
 
@@ -81,6 +83,8 @@ class Card:
 
     def _loading(self) -> list[str]:
         more = ", enable_thinking=False" if self.thinking == "strip" else ""
+        if self.score:
+            return self._scoring()
         ask = _CHAT.format(more=more) if self.chat else _PLAIN
         lines = []
         if "merged" in self.parts:
@@ -97,13 +101,33 @@ class Card:
                 lines += ["", f"With vLLM: `vllm serve {base} {more}`"]
         return lines
 
+    def _scoring(self) -> list[str]:
+        """How a reward model is loaded, and where its reward is read."""
+        assert self.score is not None
+        stop, pad = self.score
+        base = self.provenance["base"]["name"]
+        ask, lines = _SCORE.format(stop=stop), [""]
+        lines += [
+            "It scores a whole conversation: one number, read at the token that ends the last answer. More is better;",
+            "only differences between answers to one question mean something.",
+        ]
+        if "merged" in self.parts:
+            lines += ["", "With transformers, from this folder (or give the repository's id instead of `.`):", ""]
+            lines += ["```python", _SCORER + ask, "```"]
+        if "adapter" in self.parts:
+            place = "." if self.parts == ("adapter",) else "adapter"
+            lines += ["", f"The adapter with its score head, on its base `{base}`, with PEFT:", ""]
+            lines += ["```python", _SCORING_ADAPTER.format(base=base, place=place, pad=pad) + ask, "```"]
+        return lines
+
     def _scores(self) -> list[str]:
         if not self.scores:
             return ["This run had no held-out rows."]
-        lines = ["| | exact match (95 % interval) | loss | rows |", "|---|---|---|---|"]
+        told, bounds = ("reward_accuracy", "reward_accuracy_interval") if self.score else _EXACT
+        lines = [f"| | {told.replace('_', ' ')} (95 % interval) | loss | rows |", "|---|---|---|---|"]
         for name, found in self.scores.items():
-            low, high = found.get("confidence_interval", (None, None))
-            exact = f"{found['exact_match']:.3f} ({low:.3f} – {high:.3f})" if "exact_match" in found else "–"
+            low, high = found.get(bounds, (None, None))
+            exact = f"{found[told]:.3f} ({low:.3f} – {high:.3f})" if told in found else "–"
             loss = f"{found['loss']:.4f}" if "loss" in found else "–"
             lines.append(f"| {name} | {exact} | {loss} | {found.get('rows', '–')} |")
         return [*lines, *self._end()]
@@ -125,6 +149,26 @@ def _digests(data: dict[str, str], source: str) -> str:
     return ", ".join(f"`{digest[:16]}…`" for digest in own[:4]) or "–"
 
 
+_EXACT = ("exact_match", "confidence_interval")
+_SCORER = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForSequenceClassification.from_pretrained(".", dtype="auto")
+"""
+_SCORING_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1, pad_token_id={pad}, dtype="auto")
+model = PeftModel.from_pretrained(base, "{place}")
+"""
+_SCORE = """\
+talk = [{{"role": "user", "content": "Hello"}}, {{"role": "assistant", "content": "Hello! How can I help?"}}]
+ids = tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt")["input_ids"]
+stop = (ids[0] == tokenizer.convert_tokens_to_ids("{stop}")).nonzero()[-1]  # what the template writes behind it goes
+print(model.eval()(ids[:, : stop + 1]).logits.item())"""
 _MERGED = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

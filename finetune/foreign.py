@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from finetune.errors import Fault, FinetuneError, RecipeError
 
-BY_HAND = "dpo, orpo, simpo and kto are by hand so far: docs/objectives.md"
+BY_HAND = "dpo, orpo, simpo, kto and reward are by hand so far: docs/objectives.md"
 ONWARD = "begins with a new adapter so far: add adapter.start_from where that one is a LoRA of the same shape"
 _YES = ("true", "yes", "on", "y", "1")
 _NO = ("false", "no", "off", "n", "0")

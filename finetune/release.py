@@ -132,12 +132,18 @@ def _describe(
     card = Card(
         name=name, terms=found, parts=parts, recipe=yamlfile.dump(recipe.to_yaml_dict()), scores=scores.read(files),
         provenance=made, thinking=recipe.data.thinking, vllm_rank=_vllm_rank(files) if "adapter" in parts else 0,
-        end=tuple(ended.sentences(ended.end(files))),
+        end=tuple(ended.sentences(ended.end(files))), score=_score(prepared),
         chat=(folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
     )  # fmt: skip
     write_synced(folder / "README.md", card.text().encode())
     write_synced(folder / ".gitattributes", _ATTRIBUTES)
     return made
+
+
+def _score(prepared: Prepared) -> tuple[str, int] | None:
+    """Of a reward model, the token that its texts end with and the id that pads them."""
+    base = prepared.base
+    return (base.stop_token, layouts.padding(base)[1]) if base and base.shape.scored else None
 
 
 def _vllm_rank(files: RunFolder) -> int:

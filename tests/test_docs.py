@@ -106,7 +106,7 @@ def test_tests_mirror_the_package() -> None:
         "tiny_base": "test_data_scripts",
         "runcli": "test_compare", "talkcli": "test_chat",
         "traincli": "test_launch", "follow": "test_launch", "sweepplan": "test_sweep", "judgecli": "test_judgement",
-        "bare": "test_judgement",
+        "bare": "test_judgement", "rating": "objectives/test_reward",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -414,3 +417,29 @@ def test_the_plan_counts_the_head() -> None:
     assert any("score head is trained beside the adapter" in note for note in scored.notes)
     said = runs.finetune("plan", "r.yaml", *(part for one in PAIRS for part in ("--set", one)), "--card", "24")
     assert said.code == 0, said.err
+
+
+@pytest.mark.usefixtures("work")
+def test_a_release_says_how_to_load_it_and_that_runs() -> None:
+    furnish()
+    assert runs.train(*PAIRS, "train.learning_rate=0.02").code == 0
+    said = runs.finetune(
+        "release", str(runs.OUTPUT), "--out", "published", "--what", "both", "--data-licence", "cc0-1.0",
+        "--allow-unknown-licence",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert runs.finetune("verify", "published").code == 0
+    card = (Path("published") / "README.md").read_text()
+    assert "AutoModelForCausalLM" not in card
+    assert "| after | " in card.split("reward accuracy (95 % interval)")[1]
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 2
+    shutil.copytree("base", Path("published") / "base")
+    rewards = []
+    for block in blocks:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", block], cwd="published", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        rewards.append(float(done.stdout.split()[-1]))
+    assert rewards[0] == pytest.approx(rewards[1], abs=0.1)  # in bf16, one over the 4-bit base's merge

@@ -216,6 +216,20 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:15:3: train.examples_per_step",
         "the other answers of a step",
     ),
+    "words of a reward model": (aimed("method: reward"), "r.yaml:22:19: evaluate.metrics[1]", "writes none"),
+    "a score head beside another method": (
+        aimed(
+            "method: reward",
+            lambda text: swap("  method: lora\n  r: 8\n  lora_alpha: 16", "  method: loha\n  r: 8")(_loss_alone(text)),
+        ),
+        "r.yaml:7:3: adapter.method",
+        "beside lora only",
+    ),
+    "a score head from a run without one": (
+        aimed("method: reward", lambda text: swap("  r: 8", "  start_from: x\n  r: 8")(_loss_alone(text))),
+        "r.yaml:8:3: adapter.start_from",
+        "no score head",
+    ),
     "exact match with an unwanted answer": (aimed("method: kto"), "r.yaml:22:19: evaluate.metrics[1]", "an unwanted"),
     "begin from the output": (
         swap("  r: 8", "  start_from: runs/tiny\n  r: 8"),

@@ -19,7 +19,7 @@ from finetune import runtable
 from finetune.devices import PROJECT, refuse_unusable, trackio_folder
 from finetune.errors import EnvironmentFault
 from finetune.runfolder import RunFolder, read_json
-from finetune.terminal import Terminal
+from finetune.terminal import Terminal, clean
 
 _PATTERNS = {"trackio": "*.db", "wandb": "*run-*/run-*.wandb", "tensorboard": "**/events.out.tfevents.*"}
 """Viewer → the files that hold what its tracker recorded, in the folder that it makes."""
@@ -102,10 +102,15 @@ def _trackio(record: Record, runs: Path, port: int, terminal: Terminal) -> None:
     import trackio
 
     # It prints a token that allows writing: not for a log, so its own lines are not shown.
-    with contextlib.redirect_stdout(io.StringIO()):
-        server = trackio.show(
-            project=PROJECT, host="127.0.0.1", open_browser=False, block_thread=False, server_port=port or None
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            server = trackio.show(
+                project=PROJECT, host="127.0.0.1", open_browser=False, block_thread=False, server_port=port or None
+            )
+    except Exception as error:  # its web server says in many ways that it did not come up, too slow a machine among them
+        what = f"trackio's server did not start: {clean(str(error))}"
+        fix = f"try again, on another --port, or see all runs as text: finetune dashboard {runs} --text"
+        raise EnvironmentFault(what, str(record.place), fix) from error
     _serve(next(part for part in server if isinstance(part, str) and part.startswith("http")), runs, terminal)
 
 

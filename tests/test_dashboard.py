@@ -105,6 +105,16 @@ def test_trackio_is_served_to_this_machine_alone_and_no_token_is_printed(place: 
         assert listens_here_alone(port)
 
 
+def test_a_server_that_does_not_come_up_is_one_message(place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = process(MAIN, "dashboard", "runs", "--viewer", "trackio", "--port", str(port))
+    assert said.returncode == 5
+    assert said.stderr.count("\n") == 1
+    assert "trackio's server did not start" in said.stderr
+    assert "--text" in said.stderr
+
+
 def test_wandbs_own_viewer_takes_the_terminal(place: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:

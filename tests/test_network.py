@@ -149,8 +149,8 @@ def watched(command: Sequence[str], *, stdin: str = "", listens: bool = False) -
     try:
         if listens:
             assert child.stdout is not None
-            said = next((line for line in child.stdout if "127.0.0.1" in line), "")
-            assert said, "it ended before it said where it listens"
+            if not any("127.0.0.1" in line for line in child.stdout):
+                pytest.fail(f"it ended before it said where it listens: {child.communicate(timeout=_SECONDS)[1]}")
             time.sleep(1)
             os.killpg(child.pid, signal.SIGINT)
         _, err = child.communicate(stdin, timeout=_SECONDS)

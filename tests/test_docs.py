@@ -55,7 +55,7 @@ def prose(document: Path) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    """The headings as GitHub links to them: small letters, hyphens for blanks, no punctuation, a number for the next."""
+    """Headings as GitHub links to them: small letters, hyphens for blanks, no punctuation, a number at the next."""
     found: dict[str, int] = {}
     for heading in re.findall(r"^#+ +(.+?) *#*$", prose(document), re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)

@@ -15,7 +15,7 @@ from typing import Any
 from finetune import base, draft, foreign, hftrainer, importers, known_models, recipe, records, source
 from finetune.errors import DataError, Fault, ModelError, RecipeError
 from finetune.foreign import Draft, Place
-from finetune.recipe.sections import Data, Evaluate, Quantize, Train
+from finetune.recipe.sections import Data, Evaluate, Objective, Quantize, Train
 from finetune.terminal import Terminal, clean
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -25,6 +25,7 @@ _LATER = ("model", "data.train_path", "data.eval_path", "data.sources")
 _SECTIONS = {
     "quantize": ("how the frozen base weights are held", tuple(Quantize.model_fields)),
     "adapter": ("what is trained: a PEFT method and that method's own fields", ()),
+    "objective": ("what is minimised", tuple(Objective.model_fields)),
     "data": ("where the rows come from", tuple(Data.model_fields)),
     "train": ("how long, how fast, how much at a time", tuple(Train.model_fields)),
     "evaluate": ("how the result is judged", tuple(Evaluate.model_fields)),
@@ -118,6 +119,8 @@ def _lines(made: Draft, out: Path) -> Iterator[str]:
     for section, (meaning, order) in _SECTIONS.items():
         keys = [key for key in made.lines if key.startswith(f"{section}.")]
         keys.sort(key=lambda key: order.index(key.partition(".")[2]) if order else 0)
+        if not keys:
+            continue
         yield ""
         yield f"{section}: # {meaning}"
         for key in keys:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from finetune import scores
 from finetune.terms import Terms
 
 Facts = dict[str, Any]
@@ -57,6 +59,7 @@ class Card:
         if not self.terms.base_on_hub:
             at = " (a folder of whoever made it; the digests of its files are in `manifest.json`)"
         lines = ["", f"# {self.name}", "", f"A LoRA derivative of `{base['name']}`{at}, made by one recipe."]
+        lines += self._learning()
         lines += self._limits()
         lines += ["", "## How to load it", *self._loading()]
         lines += ["", "## Scores", "", *self._scores()]
@@ -67,6 +70,19 @@ class Card:
         lines += ["", "## Recipe", "", "```yaml", self.recipe.rstrip(), "```"]
         lines += ["", "## Terms", "", *self._terms()]
         lines += ["", "## Check it", "", *_CHECK]
+        return lines
+
+    def _learning(self) -> list[str]:
+        """What judged answers and another adapter had to do with it."""
+        flat, lines = self.provenance["recipe"], list[str]()
+        method, begun = flat.get("objective.method", "sft"), self.provenance.get("begun_from")
+        if method != "sft":
+            what = _LEARNED_FROM.get(method)
+            lines += ["", f"It learned {f'from {what}, ' if what else ''}by the objective `{method}`."]
+        if begun:
+            digests = ", ".join(f"`{digest[:16]}…`" for digest in begun.values())
+            lines += ["", f"It began from an adapter that was trained before (sha-256 of its weights: {digests})."]
+            lines += ["Its change is in these weights too; **what it was trained on is not listed below**."]
         return lines
 
     def _limits(self) -> list[str]:
@@ -123,14 +139,18 @@ class Card:
     def _scores(self) -> list[str]:
         if not self.scores:
             return ["This run had no held-out rows."]
-        told, bounds = ("reward_accuracy", "reward_accuracy_interval") if self.score else _EXACT
-        lines = [f"| | {told.replace('_', ' ')} (95 % interval) | loss | rows |", "|---|---|---|---|"]
-        for name, found in self.scores.items():
-            low, high = found.get(bounds, (None, None))
-            exact = f"{found[told]:.3f} ({low:.3f} – {high:.3f})" if told in found else "–"
-            loss = f"{found['loss']:.4f}" if "loss" in found else "–"
-            lines.append(f"| {name} | {exact} | {loss} | {found.get('rows', '–')} |")
-        return [*lines, *self._end()]
+        judged = list(self.scores.values())
+        lines = [f"| | {' | '.join(map(_cell, self.scores))} |", f"|---|{'---|' * len(judged)}"]
+        rows = [(scores.label(one), [_score(found, one) for found in judged]) for one in scores.metrics(self.scores)]
+        rows.append(("loss", [f"{found['loss']:.4f}" if "loss" in found else "–" for found in judged]))
+        by_part = [dict(scores.parts(found)) for found in judged]
+        rows += [
+            (f"loss, {part}", [f"{one[part]:.4f}" if part in one else "–" for one in by_part])
+            for part in dict.fromkeys(part for one in by_part for part in one)
+        ]
+        rows.append(("rows", [str(found.get("rows", "–")) for found in judged]))
+        lines += [f"| {_cell(name)} | {' | '.join(values)} |" for name, values in rows]
+        return [*lines, "", "In brackets: 95 % confidence intervals.", *self._end()]
 
     def _end(self) -> list[str]:
         """Where training stopped early, and whose step's adapter this is."""
@@ -144,12 +164,26 @@ class Card:
         return [*lines, f"What was changed and what it was trained on stands in `{notice}`."]
 
 
+def _score(found: Facts, metric: str) -> str:
+    """A metric's value, with its interval where it has one."""
+    if not isinstance(found.get(metric), int | float):
+        return "–"
+    span = scores.interval(found, metric)
+    return f"{found[metric]:.3f}" + (f" ({span[0]:.3f} – {span[1]:.3f})" if span else "")
+
+
+def _cell(text: str) -> str:
+    """Somebody's words in a table's cell, where they mean nothing to Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|~&#!])", r"\\\1", " ".join(text.split()))
+
+
 def _digests(data: dict[str, str], source: str) -> str:
     own = [digest for name, digest in data.items() if name == source or name.startswith(f"{source}/")]
     return ", ".join(f"`{digest[:16]}…`" for digest in own[:4]) or "–"
 
 
-_EXACT = ("exact_match", "confidence_interval")
+_PAIRS = "pairs of a better and a worse answer"
+_LEARNED_FROM = {"dpo": _PAIRS, "orpo": _PAIRS, "simpo": _PAIRS, "reward": _PAIRS, "kto": "labelled answers"}
 _SCORER = """\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

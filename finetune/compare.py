@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from finetune import bootstrap, evals, runview, scores
 from finetune.errors import EnvironmentFault
 from finetune.runview import Judgement, View
@@ -20,7 +22,8 @@ from finetune.terminal import clean
 _NOT_THE_RUN = {"output", "tracker"}
 """Keys that no number hangs on."""
 _WIDEST = 40
-"""Characters of a cell on a terminal."""
+"""Cells of a table's column on a terminal; what is longer of a run's state is said below the table."""
+_WHOLE = 1000
 
 
 def compare(folders: Sequence[Path], *, picked: bool = False) -> dict[str, Any]:
@@ -246,6 +249,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     """The comparison for a terminal."""
     said = [
         *_aligned(table(found)),
+        *(f"{run['name']}: {clean(run['state'], _WHOLE)}" for run in found["runs"] if len(run["state"]) > _WIDEST),
         "training loss: mean of the last tenth of the steps; intervals of scores: 95 %",
         "",
     ]
@@ -260,5 +264,5 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     shown = [[clean(cell, _WIDEST) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
+    return ["  ".join(map(set_cell_size, row, widths)).rstrip() for row in shown]

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from finetune.errors import EnvironmentFault
+from finetune.recipe.paths import TRACKIO
 
 _PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 PROJECT = "finetune"
@@ -99,7 +100,7 @@ def _place(tracker: str, folder: Path) -> None:
 
 
 def trackio_folder(runs: Path) -> Path:
-    return runs.absolute() / "trackio"
+    return runs.absolute() / TRACKIO
 
 
 def _settings(tracker: str, folder: Path, run_name: str) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _planned(recipe: str, out: Path, card: float | None, progress: dataset.Progr
 def place(out: Path, recipe: str) -> None:
     """The whole file under its name, or nothing; a file that came there meanwhile stays as it is."""
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    write_synced(temporary, recipe.encode())
+    write_synced(temporary, recipe.encode(), out)
     try:
         out.hardlink_to(temporary)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""How a run stands or ended, by its folder alone: under way, finished, paused, interrupted or failed, and why."""
+"""How a run stands or ended, by its folder alone: under way, finished, paused, out, interrupted or failed, and why."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from finetune.terminal import clean
 AFTER, LAST = "after", "last"
 """Names of judgements: of the adapter that a run ends with; of its last step's, where another step's may be kept."""
 RUNNING, FINISHED, PAUSED, INTERRUPTED, FAILED = "running", "finished", "paused", "interrupted", "failed"
+HALVED = "halved out"
+"""A sweep's: others were better at its pause, and it is not to go on."""
 _WHY = 400
 
 
@@ -99,14 +101,14 @@ def _shown(value: Any) -> str:
 
 
 def state(folder: RunFolder) -> tuple[str, str]:
-    """One of the five words, and why the run stands still where that was said."""
+    """One of the six words, and why the run stands still where that was said."""
     if under_way(folder):
         return RUNNING, ""
     if end(folder):
         return FINISHED, ""
     said = _object(folder.stopped)
     how, why = said.get("how"), said.get("why")
-    known = how if how in (PAUSED, INTERRUPTED, FAILED) else INTERRUPTED
+    known = how if how in (PAUSED, HALVED, INTERRUPTED, FAILED) else INTERRUPTED
     return known, clean(why, _WHY) if isinstance(why, str) else ""
 
 

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 from finetune.errors import Fault, FinetuneError, RecipeError
 
-BY_HAND = "dpo, orpo, simpo, kto and reward are by hand so far: docs/objectives.md"
-ONWARD = "begins with a new adapter so far: add adapter.start_from where that one is a LoRA of the same shape"
 _YES = ("true", "yes", "on", "y", "1")
 _NO = ("false", "no", "off", "n", "0")
 _MOST = 1e15
@@ -85,13 +83,17 @@ class Place:
 
 @dataclass(kw_only=True)
 class Settings:
-    """The keys of one file. A value of the wrong kind becomes a fault with its place; ``refuse`` raises them all."""
+    """The keys of one file. A value of the wrong kind becomes a fault with its place; ``refuse`` raises them all.
+
+    ``program``: the word of a command line that named the program, such as dpo; empty where there was none.
+    """
 
     trainer: str
     file: Path
     values: Mapping[str, Any]
     place: Place
     lines: Mapping[str, int] = field(default_factory=dict)
+    program: str = ""
     devices: int | None = None
     used: set[str] = field(default_factory=set)
     faults: list[Fault] = field(default_factory=list)

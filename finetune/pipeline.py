@@ -20,9 +20,10 @@ from finetune.launch import Order
 from finetune.plan import Plan
 from finetune.prepare import Prepared
 from finetune.report import say_plan
-from finetune.runfolder import RunFolder, write_page
+from finetune.runfolder import RunFolder
 from finetune.terminal import Terminal, reading
 from finetune.timelimit import TimeLimit
+from finetune.webpage import write_page
 
 _SHOWN_ROWS = 8
 

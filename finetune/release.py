@@ -115,6 +115,7 @@ def _describe(
     made = {
         "base": {"name": recipe.model, "commit": prepared.commit, "sha256": identity["base"]},
         "data": identity["data"],
+        **({"begun_from": identity["start"]} if identity.get("start") else {}),
         "recipe": flatten(recipe),
         "environment": identity["environment"],
         "resolved": identity["resolved"],

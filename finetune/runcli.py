@@ -27,9 +27,9 @@ def compare(
     for line in comparing.lines(found):
         screen.say(line)
     if html is not None:
-        from finetune import comparepage, runfolder
+        from finetune import comparepage, webpage
 
-        runfolder.write_page(html, comparepage.page(found))
+        webpage.write_page(html, comparepage.page(found))
         screen.say(f"written: {html}")
     if as_json:
         print_json(found)

@@ -144,6 +144,8 @@ def clear_leftovers_of(path: Path, but: str = "") -> None:
 
 def disk_fault(error: OSError, path: Path) -> EnvironmentFault:
     """The coded form of an operating-system error met while writing ``path``."""
+    if error.errno == errno.ENOENT and not path.parent.is_dir():
+        return EnvironmentFault(f"there is no folder {path.parent}", str(path), "make it first, or write elsewhere")
     reason = os.strerror(error.errno) if error.errno else str(error)
     fix = "free some space and run the same command again" if error.errno in _DISK_FULL else "mend that and run again"
     return EnvironmentFault(f"cannot write: {reason}", str(path), fix)
@@ -209,15 +211,17 @@ def _sync(path: Path, flags: int) -> None:
         raise disk_fault(error, path) from error
 
 
-def write_synced(path: Path, data: bytes | memoryview) -> None:
-    """Write and flush one file in place. For files inside a folder that is itself renamed when complete."""
+def write_synced(path: Path, data: bytes | memoryview, name: Path | None = None) -> None:
+    """Write and flush one file in place. For files inside a folder that is itself renamed when complete, or that get
+    another ``name`` then, which a fault is told of.
+    """
     try:
         with path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise disk_fault(error, path) from error
+        raise disk_fault(error, name or path) from error
 
 
 def rename(path: Path, to: Path) -> None:
@@ -232,7 +236,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Replace one file: readers see the old bytes or the new, never a part."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        write_synced(temporary, data)
+        write_synced(temporary, data, path)
         temporary.replace(path)
     except OSError as error:
         remove(temporary)
@@ -245,20 +249,6 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_bytes(value))
-
-
-PAGE = "<!doctype html>"  # how a page of ours begins
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write an HTML page where the user wants it; nothing but an older page is replaced.
-
-    Raises:
-        EnvironmentFault: something else is there.
-    """
-    if path.exists() and not (path.is_file() and path.read_bytes()[: len(PAGE)] == PAGE.encode()):
-        raise EnvironmentFault("something else is there already", str(path), "give another --html")
-    write_atomic(path, page.encode())
 
 
 def json_bytes(value: Any) -> bytes:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.cells import cell_len, set_cell_size
+
 from finetune import ended, runstory, runview, scores
 from finetune.errors import EnvironmentFault
 from finetune.runfolder import RunFolder, read_json
@@ -23,7 +25,7 @@ from finetune.terminal import clean, duration, size
 _DEPTH = 4
 """Folders below the given one that are looked through: sweeps, and several adapters, are folders of runs."""
 _TAIL = 16_384
-_ORDER = (ended.RUNNING, ended.FAILED, ended.PAUSED, ended.INTERRUPTED, ended.FINISHED)
+_ORDER = (ended.RUNNING, ended.FAILED, ended.PAUSED, ended.INTERRUPTED, ended.FINISHED, ended.HALVED)
 _GAP = "  "
 _NARROWEST = 12
 
@@ -141,10 +143,10 @@ _FIRST_TO_GO = ("memory", "tokens/s", "age", "eval loss", "loss", "ETA")
 
 
 def table(found: Sequence[Row], width: int) -> list[str]:
-    """The rows as lines of at most ``width`` characters, the heads first; below, why runs failed."""
+    """The rows as lines of at most ``width`` cells of a terminal, the heads first; below, why runs failed."""
     cells = [dict(zip(_HEADS, _cells(row), strict=True)) for row in found]
     heads = list(_HEADS)
-    wide = {head: max(len(head), *(len(cell[head]) for cell in cells)) for head in heads}
+    wide = {head: max(len(head), *(cell_len(cell[head]) for cell in cells)) for head in heads}
 
     def room() -> int:
         return width - sum(wide[head] + len(_GAP) for head in heads[1:])
@@ -155,13 +157,25 @@ def table(found: Sequence[Row], width: int) -> list[str]:
     wide["run"] = max(1, min(wide["run"], room()))
     lines = [_line({head: head for head in _HEADS}, heads, wide), *(_line(cell, heads, wide) for cell in cells)]
     lines += [f"{row.name}: {row.why}" for row in found if row.state == ended.FAILED and row.why]
-    return [clean(line, width) for line in lines]
+    return [_cut(clean(line, width), width) for line in lines]
+
+
+def _cut(text: str, width: int) -> str:
+    """The beginning of a text in at most ``width`` cells; a Chinese sign takes two."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+def _end(text: str, width: int) -> str:
+    """The end of one: ends tell runs apart."""
+    if cell_len(text) <= width:
+        return text
+    while cell_len(text) > width - 1:
+        text = text[1:]
+    return "…" + text
 
 
 def _line(cell: dict[str, str], heads: Sequence[str], wide: dict[str, int]) -> str:
-    name = cell["run"]
-    name = name if len(name) <= wide["run"] else "…" + name[len(name) - wide["run"] + 1 :]  # ends tell runs apart
-    shown = [name.ljust(wide["run"])]
+    shown = [set_cell_size(_end(cell["run"], wide["run"]), wide["run"])]
     shown += [cell[head].ljust(wide[head]) if head == "state" else cell[head].rjust(wide[head]) for head in heads[1:]]
     return _GAP.join(shown).rstrip()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import evals
 from finetune import metrics as steplog
+from finetune.errors import EnvironmentFault
 from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
 from finetune.terminal import clean
 
@@ -60,8 +61,7 @@ def copy(folder: RunFolder, name: str, to: str) -> None:
     """The judgement ``name`` under another name too, with what is behind it: it is of the same weights."""
     for path in (folder.samples, folder.losses):
         if path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            held = [_with(row, name, to) for row in rows]
+            held = [_with(row, name, to) for row in _stored(path)]
             write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held).encode())
     found = read(folder)
     write_json(folder.scores, found | {to: found[name]})
@@ -86,8 +86,8 @@ def _beside(
 ) -> None:  # fmt: skip
     """Each row's value under ``name``, beside what the file has of the same rows; and its verdicts by metric."""
     if path.is_file():
-        stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows = stored if [entry["row"] for entry in stored] == [entry["row"] for entry in rows] else rows
+        stored = _stored(path)
+        rows = stored if [entry.get("row") for entry in stored] == [entry["row"] for entry in rows] else rows
     for entry, value in zip(rows, values, strict=True) if values else ():
         entry[name] = value
     for metric, numbers in (verdicts or {}).items():
@@ -96,15 +96,33 @@ def _beside(
     write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows).encode())
 
 
+def _stored(path: Path) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl or losses.jsonl. Raises EnvironmentFault where a line is damaged."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            row = json.loads(line.decode("utf-8")) if line else {}
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            what, fix = (
+                "this line is damaged",
+                "take the file from a copy, or remove it: judgements to come make it anew",
+            )
+            raise EnvironmentFault(what, f"{path}:{number}", fix)
+        rows += [row] if row else []
+    return rows
+
+
 def log_probs(folder: RunFolder, held_out: HeldOut, measured: str) -> list[float] | None:
     """The log-probabilities that these rows' texts had before the first step, if they are there."""
     if not folder.losses.is_file():
         return None
-    stored = [json.loads(line) for line in folder.losses.read_text(encoding="utf-8").splitlines()]
+    stored = _stored(folder.losses)
     wanted = [content(one, measured) for one in held_out.examples]
     if [entry.get("content") for entry in stored] != wanted:
         return None
-    found = [entry.get(f"{_LOG_PROBS} before") for entry in stored]
+    found: list[Any] = [entry.get(f"{_LOG_PROBS} before") for entry in stored]
     return [value for both in found for value in both] if all(found) else None
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from finetune import compare, comparepage, ended, halving, scores
 from finetune.errors import Interrupted
 from finetune.interrupts import stop_requests
-from finetune.runfolder import RunFolder, write_json, write_page
+from finetune.runfolder import RunFolder, write_json
 from finetune.sweepplan import CUT, Entry, Sweep
 from finetune.terminal import Terminal
+from finetune.webpage import write_page
 
 
 def run(sweep: Sweep, terminal: Terminal) -> dict[str, Any]:
@@ -58,10 +59,7 @@ class _Trainer:
             out += [entry for entry in reached if entry.failed]
             ranked = _ranked(reached, rung, last)
             keep = len(ranked) if rung == last else halving.better_half(len(ranked))
-            out += [
-                entry if entry.finished else replace(entry, state=f"halved out {entry.state}")
-                for entry in ranked[keep:]
-            ]
+            out += [entry if entry.finished else _halved_out(entry) for entry in ranked[keep:]]
             alive = ranked[:keep]
         order = [entry.name for entry in self.sweep.entries]
         return sorted([*alive, *out], key=lambda entry: order.index(entry.name))
@@ -87,8 +85,8 @@ class _Trainer:
         return replace(entry, begun=True, finished=whole, state="finished" if whole else f"at step {step}")
 
     def _heard(self) -> int | None:
-        """Where a run's own lines go: to where this command's go."""
-        if self.terminal.silent:
+        """Where a run's own lines go: to where this command's go; a quiet one has one line for each run."""
+        if self.terminal.silent or self.terminal.quiet:
             return subprocess.DEVNULL
         return 2 if self.terminal.out is sys.stderr else None
 
@@ -111,6 +109,14 @@ class _Trainer:
                         process.terminate()
                     process.wait()
                 raise
+
+
+def _halved_out(entry: Entry) -> Entry:
+    """A run that does not go on; its folder says so, too."""
+    if ended.state(entry.folder)[0] != ended.HALVED:
+        why = f"{entry.state} of {entry.steps}: others had a lower held-out loss there"
+        ended.note(entry.folder, ended.HALVED, why)
+    return replace(entry, state=f"halved out {entry.state}")
 
 
 def _loss(entry: Entry, step: int) -> float | None:

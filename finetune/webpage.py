@@ -10,10 +10,14 @@ import base64
 import hashlib
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from finetune.runfolder import PAGE
+from finetune.errors import EnvironmentFault
+from finetune.runfolder import write_atomic
 from finetune.terminal import clean
+
+PAGE = "<!doctype html>"  # how a page of ours begins
 
 SERIES = 6
 """Colours, and as many dashes, of curves that are drawn over one another."""
@@ -142,3 +146,14 @@ def words(text: Any, limit: int = 300) -> str:
 def safe(text: Any) -> str:
     """Text for an element or a quoted attribute, without halves of characters, which no file can hold."""
     return html.escape(str(text).encode("utf-8", "replace").decode(), quote=True)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write an HTML page where the user wants it; nothing but an older page is replaced.
+
+    Raises:
+        EnvironmentFault: something else is there.
+    """
+    if path.exists() and not (path.is_file() and path.read_bytes()[: len(PAGE)] == PAGE.encode()):
+        raise EnvironmentFault("something else is there already", str(path), "give another --html")
+    write_atomic(path, page.encode())

@@ -188,3 +188,20 @@ def test_nothing_is_written_and_bad_words_are_coded(two: Path) -> None:
     found = finetune("compare", str(OUTPUT), str(OTHER), "--html", "train.jsonl")
     assert found.code == 5
     assert "something else is there already" in found.err
+
+
+def test_a_long_reason_is_told_whole_below_the_table(two: Path) -> None:
+    plan, done = json.loads((OTHER / "plan.json").read_text()), json.loads((OTHER / "finished.json").read_text())
+    stopped = {"by": "loss", "threshold": 0.0, "patience": 3, "since": 2}
+    (OTHER / "plan.json").write_text(json.dumps(plan | {"steps": 60}))
+    (OTHER / "finished.json").write_text(json.dumps(done | {"of": 60, "stopped": stopped}))
+    lines = said(OUTPUT, OTHER).out.splitlines()
+    assert "two: stopped early after step 6 of 60: loss has not improved for 3 evaluations, since step 2" in lines
+    assert "…" in next(line for line in lines if line.startswith("two  "))
+
+
+def test_a_page_for_a_folder_that_is_not_there_is_refused_by_its_own_name(two: Path) -> None:
+    found = finetune("compare", str(OUTPUT), str(OTHER), "--html", "nowhere/page.html")
+    assert found.code == 5
+    assert "nowhere/page.html: there is no folder nowhere" in found.err
+    assert ".tmp-" not in found.err

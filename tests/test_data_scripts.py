@@ -279,9 +279,15 @@ def test_the_real_base_is_whole_and_answers(real_base: Path, fetch: ModuleType) 
 def test_preferences_are_made_of_the_dates(tmp_path: Path, script: Script) -> None:
     folder = ROOT / "data" / "preferences"
     assert script("data/preferences/make.py").make(tmp_path) == {"train": 1200, "eval": 200}
-    for name in ("train.jsonl", "eval.jsonl", "LICENSE", "digests.json"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {path.name for path in folder.iterdir()} - {"make.py", "README.md", "__pycache__"}
+    assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in made)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert all(row["chosen"] != row["rejected"] for row in rows)
     swapped = sum(row["rejected"][5:7] == row["chosen"][8:] for row in rows)
     assert 200 < swapped < 400  # a quarter or so of each kind of mistake
+    labels = [json.loads(line) for line in (folder / "train-labels.jsonl").read_text().splitlines()]
+    assert 550 < sum(row["label"] for row in labels) < 650
+    for row, label in zip(rows, labels, strict=True):
+        answer = row["chosen" if label["label"] else "rejected"]
+        assert (label["prompt"], label["completion"]) == (row["prompt"], answer)

@@ -49,11 +49,36 @@ def test_fixed_top_level() -> None:
     assert {path.name for path in ROOT.iterdir()} >= FIXED
 
 
+def prose(document: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^( *)```.*?^\1```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(document: Path) -> set[str]:
+    """Headings as GitHub links to them: small letters, hyphens for blanks, no punctuation, a number at the next."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ +(.+?) *#*$", prose(document), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        name = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        again = found.get(name, 0)
+        found[name] = again + 1
+        if again:
+            found[f"{name}-{again}"] = 1
+    return set(found)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    """Files, and headings in them. Links to other hosts are well formed; nothing is asked of the network."""
+    for target in re.findall(r"\]\(([^)]+)\)", prose(document)):
+        if "://" in target:
+            assert re.fullmatch(r"https://[\w.-]+(/\S*)?", target), f"{document.name} links to {target}"
+            continue
+        path, _, anchor = target.partition("#")
+        there = (document.parent / path) if path else document
+        assert there.exists(), f"{document.name} links to {target}"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there), f"{document.name} links to {target}: no such heading"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -101,6 +126,7 @@ def test_tests_mirror_the_package() -> None:
         "joint_plan": "test_together", "runresult": "test_runpage",
         "runsections": "test_runpage",
         "foreign": "test_adopt", "dsfile": "importers/test_qwen", "foreignparts": "importers/test_axolotl",
+        "foreignobjective": "importers/test_objectives",
         "beginning": "objectives/test_training",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",

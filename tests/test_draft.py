@@ -218,6 +218,12 @@ def test_hostile_columns_do_not_leave_their_comment(place: Path) -> None:
     assert recipe.load(OUT).output == "runs/rows"
 
 
+def test_a_folder_that_is_not_there_is_named_with_the_recipe(place: Path) -> None:
+    said = finetune("init", "data/samples/completion.jsonl", "--model", "base", "--out", "nowhere/r.yaml")
+    assert (said.code, ".tmp-" in said.err) == (5, False), said.err
+    assert "nowhere/r.yaml: there is no folder nowhere" in said.err
+
+
 def test_a_run_folder_that_is_there_is_left_alone(place: Path) -> None:
     (place / "runs" / "completion").mkdir(parents=True)
     assert finetune("init", "data/samples/completion.jsonl", "--model", "base").code == 0

@@ -35,7 +35,7 @@ ROAD = [
 ]  # fmt: skip
 CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
 GROUND = [
-    "hftrainer", "dsfile", "foreignparts", "foreign", "shellscript",
+    "hftrainer", "dsfile", "foreignobjective", "foreignparts", "foreign", "shellscript",
     "plot", "webpage", "gguf_file", "answer_schema", "pattern", "endings", "llamacpp", "llamaruntime", "interrupts",
     "jobplace", "timelimit", "unfinished", "ended",
     "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",

@@ -85,9 +85,14 @@ def test_the_cards_facts_are_the_runs(published: Path) -> None:
     assert "base_model" not in header(OUT)  # a folder's name means nothing to others
     assert "the digests of its files are in `manifest.json`" in card
     scores = json.loads((OUTPUT / "scores.json").read_text())
-    for name, found in scores.items():
-        assert f"| {name} | {found['exact_match']:.3f}" in card
-        assert f"{found['loss']:.4f}" in card
+    assert f"| | {' | '.join(scores)} |" in card
+    exact = [
+        f"{one['exact_match']:.3f} ({' – '.join(f'{x:.3f}' for x in one['confidence_interval'])})"
+        for one in scores.values()
+    ]
+    assert f"| exact match | {' | '.join(exact)} |" in card
+    assert f"| loss | {' | '.join(format(one['loss'], '.4f') for one in scores.values())} |" in card
+    assert "It learned from" not in card
     digest = json.loads((OUTPUT / "identity.json").read_text())["data"]["train.jsonl"]
     assert f"| `train.jsonl` | cc0-1.0 | `{digest[:16]}…` |" in card
     assert "learning_rate: 0.005" in card

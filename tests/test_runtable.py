@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from finetune import ended, runtable
 from finetune.errors import EnvironmentFault
@@ -176,6 +177,24 @@ def test_the_table_fits_the_terminal(tmp_path: Path, width: int) -> None:
         assert "1.2500" in found[1]
         starts = {line.index("interrupted") for line in found[1:]}
         assert len(starts) == 1
+
+
+@pytest.mark.parametrize("width", [12, 40, 120])
+def test_wide_signs_keep_the_columns_straight(tmp_path: Path, width: int) -> None:
+    """A Chinese, Japanese or Korean sign takes two cells of a terminal, a combining one none."""
+    for name in ("plain", "中文数据集の学習率を比べる-한국어", "e\u0301te\u0301"):
+        make(tmp_path / name, 4, **{"step 4": {"loss": 1.25}})
+    found = runtable.table(runtable.rows(tmp_path), width)
+    assert max(map(cell_len, found)) <= width
+    if width >= 40:
+        assert len({cell_len(line[: line.index("interrupted")]) for line in found[1:]}) == 1
+    assert sum("한국어" in line for line in found) == (width >= 40)
+
+
+def test_a_run_that_a_sweep_left_says_so(tmp_path: Path) -> None:
+    ended.note(make(tmp_path / "worse", 4), ended.HALVED, "at step 4 of 10: others had a lower held-out loss there")
+    make(tmp_path / "better", 4)
+    assert [row.state for row in runtable.rows(tmp_path)] == ["interrupted", "halved out"]
 
 
 def test_two_hundred_long_runs_take_less_than_a_second(tmp_path: Path) -> None:

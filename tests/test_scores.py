@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from finetune import scores
 from finetune.dataset import Example, Question
 from finetune.evaluate import HeldOut, Judged
 from finetune.runfolder import RunFolder
+from tests.runs import OUTPUT, finetune
 
 HELD = HeldOut(
     examples=(),
@@ -63,3 +66,21 @@ def test_the_table_shows_what_is_there() -> None:
     lines = scores.table({"before": {"loss": 2.0, "rows": 3}, "after": _judged().scores})
     assert lines[1].split() == ["before", "-", "-", "2.0000", "3"]
     assert lines[2].split() == ["after", "0.500", "0.100", "–", "0.900", "-", "2"]
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "losses.jsonl"])
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"{", b"[1]"])
+def test_a_damaged_line_is_told_by_its_number(finished: Path, name: str, damage: bytes) -> None:
+    path = OUTPUT / name
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(first + b"\n" + damage + b"\n" + rest)
+    said = finetune("merge", str(OUTPUT), "--out", "merged")
+    assert (said.code, f"{path}:2" in said.err, "damaged" in said.err) == (5, True, True), said.err
+    assert path.read_bytes().startswith(first + b"\n" + damage)
+
+
+def test_signs_that_part_lines_elsewhere_stay_within_a_row(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line for Python's splitlines, not in JSON lines."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"row": "a\u2028b"}\n{"row": "c\u0085"}\n', encoding="utf-8")
+    assert [row["row"] for row in scores._stored(path)] == ["a\u2028b", "c\u0085"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune import prepare
 from tests import runs
@@ -239,3 +241,49 @@ def test_an_unfinished_or_damaged_one_is_refused() -> None:
     said = runs.train("adapter.start_from=runs/first")
     assert said.code == 4
     assert not runs.OUTPUT.exists()
+
+
+def header_free(card: str) -> str:
+    return card.split("---", 2)[2]
+
+
+def loaded(folder: Path, adapter: Path | None = None) -> torch.nn.Module:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter) if adapter is not None else model
+
+
+@pytest.mark.usefixtures("work")
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_what_it_learned_is_published_whole(method: str) -> None:
+    """Begun from a supervised run: the exported adapter, the release's two parts and the run are one model."""
+    assert runs.train("output=runs/sft", "evaluate.metrics=[loss]", "quantize.weights=fp32").code == 0
+    wanted = (*furnish(method), "adapter.start_from=runs/sft", "quantize.weights=fp32")
+    assert runs.train(*wanted).code == 0
+    shutil.rmtree("runs/sft")  # a finished run needs it no more
+    said = runs.finetune("export", str(runs.OUTPUT), "--to", "adapter", "--target", "vllm", "--out", "plain")
+    assert said.code == 0, said.err
+    Path("base/LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
+    more = ("--what", "both", "--data-licence", "cc0-1.0")
+    said = runs.finetune("release", str(runs.OUTPUT), "--out", "published", *more)
+    assert said.code == 0, said.err
+    assert runs.finetune("verify", "published").code == 0
+    ids = torch.arange(40)[None] * 7 % 256
+    with torch.no_grad():
+        ways = [loaded(Path("base"), Path("plain")), loaded(Path("base"), Path("published/adapter"))]
+        ways += [loaded(Path("published"))]
+        logits = [model(input_ids=ids).logits for model in ways]
+        bare = loaded(Path("base"))(input_ids=ids).logits
+    assert float((logits[0] - logits[1]).abs().max()) <= 1e-6
+    learned = float((logits[0] - bare).norm())
+    assert learned > 1
+    assert float((logits[0] - logits[2]).norm()) < 0.2 * learned  # the merged weights are rounded to bf16
+    card = header_free(Path("published/README.md").read_text())
+    assert f"by the objective `{method}`" in card
+    begun = json.loads(Path("published/manifest.json").read_text())["provenance"]["begun_from"]
+    assert begun["adapter_model.safetensors"][:16] in card
+    for name, value in scores()["after"].items():
+        if name.endswith(("accuracy", "margin")):
+            assert re.search(rf"\| {name.replace('_', ' ')} \|.*{value:.3f}", card), name

@@ -148,6 +148,10 @@ def test_halving_lets_the_better_half_go_on(place: Path) -> None:
     assert states == {"0.00001": "halved out at step 3", "0.005": "finished", "0.02": "finished"}
     out = OUTPUT / "learning_rate=0.00001"
     assert len(runs.metrics(out)) == 3
+    table = json.loads(finetune("dashboard", str(OUTPUT), "--json").out)["runs"]
+    told = {Path(run["folder"]).name: run["state"] for run in table}
+    assert told[out.name] == "halved out"
+    assert set(told.values()) == {"halved out", "finished"}
     at_three = {
         name: json.loads((OUTPUT / f"learning_rate={name}" / "scores.json").read_text())["step 3"]["loss"]
         for name in states
@@ -232,3 +236,10 @@ def test_what_another_recipe_left_is_not_taken_for_this_ones(place: Path) -> Non
     said = swept(*words, "--set", "train.seed=99")
     assert said.code == 1
     assert said.err.count("failed with exit code 2") == 2
+
+
+def test_a_quiet_sweep_prints_no_plan_of_its_runs(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = swept("--grid", "train.learning_rate=0.005,0.05", "--quiet")
+    assert said.code == 0, said.err
+    assert "memory     " not in said.out + capfd.readouterr().out
+    assert "learning_rate=0.05: finished" in said.out

@@ -1,9 +1,9 @@
 """Make preference pairs of the dates task: the right ISO date is chosen, a date that is nearly right is rejected.
 
-    python data/preferences/make.py         # writes train.jsonl, eval.jsonl, LICENSE and digests.json beside this file
+    python data/preferences/make.py         # writes the data files, LICENSE and digests.json beside this file
 
 The rows come from data/dates. What is wrong in a rejected date goes by a digest of the row, so that the same rows give
-the same bytes.
+the same bytes. The labelled rows are one answer of each pair, by the same digest the right one or the wrong one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DATES = HERE.parent / "dates"
@@ -40,15 +41,17 @@ def other_year(day: date) -> str:
 MISTAKES: tuple[Callable[[date], str], ...] = (swapped, neighbour, other_month, other_year)
 
 
-def pair(line: str) -> str:
-    """A row of the dates task as a pair."""
+def rows(line: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row of the dates task as a pair, and one answer of that pair with its label."""
     *asked, answer = json.loads(line)["messages"]
     right = answer["content"]
     turn = int(hashlib.sha256(line.encode()).hexdigest()[:8], 16)
     wrong = MISTAKES[turn % len(MISTAKES)](date.fromisoformat(right))
     if wrong == right:  # the fifth of May
         wrong = neighbour(date.fromisoformat(right))
-    return json.dumps({"prompt": asked, "chosen": right, "rejected": wrong}, ensure_ascii=False)
+    wanted = turn // len(MISTAKES) % 2 == 0
+    labelled = {"prompt": asked, "completion": right if wanted else wrong, "label": wanted}
+    return {"prompt": asked, "chosen": right, "rejected": wrong}, labelled
 
 
 def make(folder: Path) -> dict[str, int]:
@@ -56,9 +59,11 @@ def make(folder: Path) -> dict[str, int]:
     digests = {}
     for split, count in ROWS.items():
         lines = (DATES / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        content = "".join(f"{pair(line)}\n" for line in lines).encode()
-        (folder / f"{split}.jsonl").write_bytes(content)
-        digests[f"{split}.jsonl"] = hashlib.sha256(content).hexdigest()
+        pairs, labels = zip(*map(rows, lines), strict=True)
+        for name, made in ((f"{split}.jsonl", pairs), (f"{split}-labels.jsonl", labels)):
+            content = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in made).encode()
+            (folder / name).write_bytes(content)
+            digests[name] = hashlib.sha256(content).hexdigest()
     shutil.copyfile(DATES / "LICENSE", folder / "LICENSE")
     digests["LICENSE"] = hashlib.sha256((folder / "LICENSE").read_bytes()).hexdigest()
     (folder / "digests.json").write_text(json.dumps({"sha256": digests}, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """Preference pairs: a prompt with a ``chosen`` and a ``rejected`` ending.
 
 Read are the layouts that TRL (prompt beside endings, or whole conversations that share their beginning), axolotl
-(``messages`` or ``chosen_messages``) and LLaMA-Factory (beside ``conversations`` or ``instruction``) write. An ending
-is a text, a message, or a list of messages.
+(``messages`` or ``chosen_messages``), LLaMA-Factory (beside ``conversations`` or ``instruction``) and ms-swift
+(``messages`` with the better ending, beside ``rejected_response`` or ``rejected_messages``) write. An ending is a text,
+a message, or a list of messages.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from finetune.conversation import Conversation, RowFault, Turn, as_context, show
 
 COLUMNS = "chosen and rejected (beside prompt, messages, conversations or instruction, or with the prompt in both)"
 CHOSEN = ("chosen", "chosen_messages")
-REJECTED = ("rejected", "rejected_messages")
+REJECTED = ("rejected", "rejected_messages", "rejected_response")
 PROMPTS = ("prompt", "messages", "conversations", "instruction", "question")
 _BESIDE = ("input", "history", "system", "tools")
 
 
 def columns(row: Mapping[str, Any]) -> dict[str, str]:
     chosen, rejected = _first(row, CHOSEN), _first(row, REJECTED)
+    if _ends_in_messages(row):
+        return {"messages": "prompt and the better ending", rejected: "the worse ending"}
     if not chosen or not rejected:
         return {}
     found = {chosen: "the better ending", rejected: "the worse ending"}
@@ -31,8 +34,12 @@ def columns(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read(row: Mapping[str, Any]) -> Conversation:
-    chosen, rejected = (_ending(row, names) for names in (CHOSEN, REJECTED))
-    asked = _asked(row)
+    asked: tuple[Turn, ...] = ()
+    if _ends_in_messages(row):
+        chosen, rejected = _both(row)
+    else:
+        chosen, rejected = _ending(row, CHOSEN), _ending(row, REJECTED)
+        asked = _asked(row)
     whole = chosen[0].role in ("system", "user")
     if whole != (rejected[0].role in ("system", "user")):
         raise RowFault("rejected", "begins with another role than chosen", "write both alike", code="turn_order")
@@ -49,6 +56,20 @@ def read(row: Mapping[str, Any]) -> Conversation:
         raise RowFault("prompt", "is missing", "add what was asked as 'prompt'", code="missing_column")
     context = as_context(asked)
     return Conversation((*context, *chosen), messages.tools_of(row), rejected=(*context, *rejected))
+
+
+def _ends_in_messages(row: Mapping[str, Any]) -> bool:
+    """ms-swift's layout: the better ending is the last message."""
+    return not _first(row, CHOSEN) and "messages" in row and _first(row, REJECTED) in REJECTED[1:]
+
+
+def _both(row: Mapping[str, Any]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """The better and the worse conversation, each whole."""
+    better = messages.turns_of(row, "messages")
+    if better[-1].role != "assistant":
+        raise RowFault("messages", "do not end with an answer", "end them with the better one", code="turn_order")
+    worse = _ending(row, REJECTED)
+    return better, worse if worse[0].role in ("system", "user") else (*better[:-1], *worse)
 
 
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:

@@ -42,12 +42,13 @@ class Importer(Protocol):
 
 
 class _File(NamedTuple):
-    """A file of settings: its keys, their lines, the trainer and the devices where a command line names them."""
+    """A file of settings: its keys, their lines; trainer, devices and program where a command line names them."""
 
     values: Mapping[str, Any]
     lines: Mapping[str, int]
     trainer: str = ""
     devices: int | None = None
+    program: str = ""
 
 
 def names() -> tuple[str, ...]:
@@ -85,7 +86,7 @@ def read(path: Path, name: str | None, devices: int | None, place: Place) -> Dra
     trainer = name or found.trainer or _whose(found.values, path)
     settings = Settings(
         trainer=trainer, file=path, values=found.values, place=place, lines=found.lines,
-        devices=devices or found.devices,
+        devices=devices or found.devices, program=found.program,
     )  # fmt: skip
     draft = get(trainer).draft(settings)
     settings.refuse()
@@ -137,7 +138,11 @@ def _script(text: str, path: Path, name: str | None) -> _File:
         if (end := _program(command, get(trainer).COMMANDS))
     ]
     if not found:
-        whose = f"of {name}" if name else "that is known here (swift sft, finetune.py, trl sft, llamafactory-cli train)"
+        whose = (
+            f"of {name}"
+            if name
+            else "that is known here (swift sft, finetune.py, trl sft, trl dpo, llamafactory-cli train)"
+        )
         raise RecipeError(f"the script has no training command {whose}", str(path), "name the file of settings itself")
     if len(found) > 1:
         lines = ", ".join(str(command.line) for _, command, _ in found)
@@ -147,7 +152,8 @@ def _script(text: str, path: Path, name: str | None) -> _File:
     if not values and len(command.words) > end:
         fix = f"name it: finetune import {command.words[end]}"
         raise RecipeError("the command takes its settings from a file", f"{path}:{command.line}", fix)
-    return _File(values, dict.fromkeys(values, command.line), trainer, _devices(command, path))
+    program = Path(command.words[end - 1]).stem
+    return _File(values, dict.fromkeys(values, command.line), trainer, _devices(command, path), program)
 
 
 def _program(command: Command, programs: tuple[tuple[str, ...], ...]) -> int:

@@ -3,7 +3,7 @@
 Facts of LLaMA-Factory 0.9.5, which runs with transformers 4.55 to 5.6: `hparams/*_args.py` (defaults),
 `hparams/parser.py` (unknown keys are refused), `data/parser.py` and `data/converter.py` (data sets),
 `data/processor/supervised.py` with `processor_utils.py` (what is cut, what is in the loss, how rows are packed),
-`model/adapter.py`.
+`model/adapter.py`, `train/dpo/trainer.py` and `train/kto/trainer.py` (losses, the reference).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune import importers
+from finetune import foreignobjective, importers
 from finetune.dsfile import scheduler
 from finetune.errors import RecipeError
-from finetune.foreign import BY_HAND, ONWARD, Draft, Settings, short
+from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, base, compute, eval_rows, number_formats, targets, train_rows, whole
 from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
     "stage", "finetuning_type", "template", "dataset_dir", "cutoff_len", "lora_rank", "lora_target",
     "quantization_bit", "neat_packing", "val_size", "mask_history", "train_on_prompt", "preprocessing_num_workers",
-    "interleave_probs", "loraplus_lr_ratio", "flash_attn", "plot_loss",
+    "interleave_probs", "loraplus_lr_ratio", "flash_attn", "plot_loss", "pref_loss", "pref_beta",
 })  # fmt: skip
 COMMANDS = (("llamafactory-cli", "train"), ("llamafactory.cli", "train"))
 _INFO = "dataset_info.json"
@@ -32,21 +32,20 @@ _MOST_INFO = 10_000_000
 def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="LLaMA-Factory 0.9.5")
     stage, kind = settings.text("stage", "sft"), settings.text("finetuning_type", "lora")
-    if stage not in ("sft", "pt"):
-        raise settings.stop("stage", f"{short(stage)} is not taken over, only sft and pt (plain text) are", BY_HAND)
+    word = settings.text("pref_loss") if stage == "dpo" and settings.text("pref_loss") in ("orpo", "simpo") else stage
+    method = foreignobjective.method(settings, "stage", word)
     if kind != "lora":
         raise settings.stop("finetuning_type", f"{short(kind)} trains what is no LoRA", "only lora is taken over")
-    if settings.has("adapter_name_or_path"):
-        made.lost("adapter_name_or_path", ONWARD)
     base(made)
     _formats(made, settings)
     _adapter(made, settings)
+    _objective(made, settings, method)
     packing = settings.truth("packing", default=stage == "pt") or settings.truth("neat_packing", default=False)
     length = _window(made, settings, packing)
     course(made, Names(), packed=length if packing else None)
     scheduler(made)
-    _rows(made, settings)
-    _loss(made, settings, stage)
+    _rows(made, settings, method)
+    _loss(made, settings, stage, method)
     made.put("output", settings.text("output_dir", "trainer_output"), "output_dir")
     made.leftovers(importers.known("llamafactory"), "LLaMA-Factory refuses a key that it does not know, unless "
                    "ALLOW_EXTRA_ARGS is set in the environment: then it was dropped")  # fmt: skip
@@ -98,6 +97,29 @@ def _adapter(made: Draft, settings: Settings) -> None:
     whole(made, "additional_target", settings.items("additional_target"))
 
 
+def _objective(made: Draft, settings: Settings, method: str) -> None:
+    """The adapter that it goes on from, and what it learns from preferences."""
+    paths, theirs = settings.items("adapter_name_or_path"), settings.text("ref_model_adapters")
+    own = settings.text("ref_model") == settings.text("model_name_or_path") and theirs
+    if settings.truth("create_new_adapter", default=False) or len(paths) > 1:
+        made.lost("adapter_name_or_path", "merged into the base there before it began: `finetune merge` such a run, "
+                  "and name the result as model")  # fmt: skip
+    elif paths:
+        foreignobjective.onward(made, "adapter_name_or_path", paths[0], method, reference=theirs if own else "")
+    if method == "sft":
+        return
+    loss = settings.text("pref_loss", "sigmoid") if method == "dpo" else ""
+    if settings.has("dpo_label_smoothing") and loss != "sigmoid" and settings.text("stage") == "dpo":
+        settings.fault("dpo_label_smoothing", "is only for pref_loss: sigmoid there", "remove it")
+    names = foreignobjective.Names(
+        word="stage", beta=("pref_beta",), loss="pref_loss", smoothing="dpo_label_smoothing", gamma_default=0.5,
+        likelihood="pref_ftx", likelihood_default=0.0, wanted="kto_chosen_weight", unwanted="kto_rejected_weight",
+    )  # fmt: skip
+    said = ("ref_model", "ref_model_adapters") if own and [theirs] == paths else ()
+    settings.used.update(said)
+    foreignobjective.objective(made, method, names, loss=loss, said=said)
+
+
 def _window(made: Draft, settings: Settings, packing: bool) -> int:
     length = settings.count("cutoff_len", 2048, least=9)
     if packing:
@@ -115,12 +137,13 @@ def _window(made: Draft, settings: Settings, packing: bool) -> int:
     return length
 
 
-def _loss(made: Draft, settings: Settings, stage: str) -> None:
+def _loss(made: Draft, settings: Settings, stage: str, method: str) -> None:
     on_prompt, last = settings.truth("train_on_prompt", default=False), settings.truth("mask_history", default=False)
     if on_prompt and last:
         settings.fault("mask_history", "cannot be true beside train_on_prompt", "keep one")
     ours = "all" if on_prompt or stage == "pt" else "last" if last else "assistant"
-    made.put("data.train_on", ours, "train_on_prompt", "mask_history", value=f"{on_prompt}, {last}".lower())
+    if method == "sft":
+        made.put("data.train_on", ours, "train_on_prompt", "mask_history", value=f"{on_prompt}, {last}".lower())
     template = settings.text("template")
     if template:
         made.differs("template", f"{short(template)} is LLaMA-Factory's own text, not the tokenizer's template; "
@@ -132,17 +155,18 @@ def _loss(made: Draft, settings: Settings, stage: str) -> None:
         made.lost("enable_thinking", "see data.thinking: keep, strip or mask")
 
 
-def _rows(made: Draft, settings: Settings) -> None:
+def _rows(made: Draft, settings: Settings, method: str) -> None:
     names = settings.items("dataset")
     if not names:
         raise settings.stop("dataset", "missing", "name the data sets")
     info = _info(settings)
     probabilities = settings.items("interleave_probs")
-    origins = [_origin(made, settings, "dataset", name, info) for name in names]
+    origins = [_origin(made, settings, "dataset", name, info, method) for name in names]
     train_rows(made, origins, "dataset", "dataset_dir")
     if probabilities:
         made.lost("interleave_probs", "they mix rows; `share` of data.sources mixes tokens: set it there")
-    judged = [_origin(made, settings, "eval_dataset", name, info) for name in settings.items("eval_dataset")]
+    tests = settings.items("eval_dataset")
+    judged = [_origin(made, settings, "eval_dataset", name, info, method) for name in tests]
     eval_rows(made, judged, "eval_dataset")
     size = settings.number("val_size", 0.0)
     if size < 0:
@@ -174,7 +198,9 @@ def _info(settings: Settings) -> dict[str, Any] | None:
     return {"": str(path.parent), **found}
 
 
-def _origin(made: Draft, settings: Settings, key: str, name: str, info: dict[str, Any] | None) -> Origin:
+def _origin(
+    made: Draft, settings: Settings, key: str, name: str, info: dict[str, Any] | None, method: str
+) -> Origin:  # fmt: skip
     if info is None:
         made.lost(key, f"{short(name)} is a name in {_INFO}, which is not here: write the file that it stands for")
         return Origin(path=name)
@@ -194,8 +220,8 @@ def _origin(made: Draft, settings: Settings, key: str, name: str, info: dict[str
     for word in ("script_url", "folder", "num_samples"):
         if declared.get(word):
             made.lost(key, f"{word} of {short(name)} is not read here")
-    if declared.get("ranking"):
-        made.differs(key, f"{short(name)} holds preference pairs: {BY_HAND}")
+    if declared.get("ranking") and method == "sft":
+        made.differs(key, f"{short(name)} holds preference pairs, which only stage dpo trains on")
     format_name, columns = _columns(made, key, name, declared)
     written = declared.get("columns")
     narrowed = format_name == "alpaca" and isinstance(written, dict) and not written.get("query")
@@ -212,11 +238,14 @@ def _columns(made: Draft, key: str, name: str, declared: dict[str, Any]) -> tupl
     written = written if isinstance(written, dict) else {}
     given = {str(theirs): str(column) for theirs, column in written.items() if column}
     formatting = str(declared.get("formatting") or "alpaca")
+    judging = {"chosen": "chosen", "rejected": "rejected"} if declared.get("ranking") else {}
+    if given.get("kto_tag"):
+        judging = {"kto_tag": "kto_tag"}
     if formatting == "alpaca":
         names = {"prompt": "instruction", "query": "input", "response": "output"}
         names |= {"system": "system", "history": "history"}
         format_name = "alpaca"
-        if given and not given.get("response"):
+        if given and not given.get("response") and not judging:
             return "text", {"text": given["prompt"]} if given.get("prompt", "text") != "text" else {}
     else:
         names = {"messages": "messages" if formatting == "openai" else "conversations"}
@@ -232,4 +261,6 @@ def _columns(made: Draft, key: str, name: str, declared: dict[str, Any]) -> tupl
             made.lost(key, f"{', '.join(odd)} of {short(name)}: rename those keys in the rows (data check names them)")
         if tags.get("role_tag") == "role":
             format_name, names["messages"] = "chat", "messages"
+    if judging:
+        format_name, names = "kto" if "kto_tag" in judging else "preference", {**names, **judging}
     return format_name, {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs, ours) != ours}

@@ -1,24 +1,25 @@
-"""ms-swift's arguments: a YAML or JSON file (``swift sft FILE``), or the ``swift sft …`` line of a shell script.
+"""ms-swift's arguments: a YAML or JSON file, or the ``swift sft …`` or ``swift rlhf …`` line of a shell script.
 
 Facts of ms-swift 4.6.0, which runs with transformers 4.33 to 5.19: `arguments/` (defaults), `trainers/arguments.py`
 (accumulation, decay, beta2, schedule), `pipelines/base.py` (unknown arguments are refused),
-`dataset/dataset_syntax.py`, `cli/main.py`. Words of 3.x (``train_type``, ``sft_type``) are read as well.
+`dataset/dataset_syntax.py`, `cli/main.py`, `arguments/rlhf_args.py` and `rlhf_trainers/` (preferences). Words of 3.x
+(``train_type``, ``sft_type``) are read as well.
 """
 
 from __future__ import annotations
 
 import math
 
-from finetune import importers
+from finetune import foreignobjective, importers
 from finetune.dsfile import scheduler
-from finetune.foreign import BY_HAND, ONWARD, Draft, Settings, short
+from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
 from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
     "model", "dataset", "val_dataset", "split_dataset_ratio", "tuner_type", "train_type", "sft_type", "lora_rank",
     "target_modules", "truncation_strategy", "quant_bits", "quant_method", "use_hf", "loss_scale", "torch_dtype",
-    "attn_impl", "dataset_num_proc", "model_author", "lorap_lr_ratio",
+    "attn_impl", "dataset_num_proc", "model_author", "lorap_lr_ratio", "rlhf_type", "ref_adapters",
 })  # fmt: skip
 COMMANDS = (("swift", "sft"), ("swift", "pt"), ("swift", "rlhf"))
 _BATCH = 16
@@ -26,8 +27,10 @@ _BATCH = 16
 
 def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="ms-swift 4.6.0")
-    if settings.has("rlhf_type"):
-        raise settings.stop("rlhf_type", f"{short(settings.text('rlhf_type'))} is not taken over, only sft is", BY_HAND)
+    word = settings.text("rlhf_type", "dpo" if settings.program == "rlhf" else "sft")
+    if word == "cpo" and settings.items("loss_type") == ["simpo"]:
+        word = "simpo"
+    method = foreignobjective.method(settings, "rlhf_type", word)
     kind = next((settings.text(key) for key in ("tuner_type", "train_type", "sft_type") if settings.has(key)), "lora")
     settings.used.update(("tuner_type", "train_type", "sft_type"))
     for key in ("train_type", "sft_type"):
@@ -47,6 +50,7 @@ def draft(settings: Settings) -> Draft:
         made.put("revision", settings.text("model_revision"), "model_revision")
     _formats(made, settings)
     _adapter(made, settings)
+    _objective(made, settings, method)
     length = _window(made, settings)
     micro = settings.count("per_device_train_batch_size", 1)
     accumulation = max(1, math.ceil(_BATCH / micro / (settings.devices or 1)))
@@ -60,7 +64,7 @@ def draft(settings: Settings) -> Draft:
     course(made, names, packed=length if settings.truth("packing", default=False) else None)
     scheduler(made)
     _rows(made, settings)
-    _loss(made, settings)
+    _loss(made, settings, method)
     name = settings.text("model").rstrip("/").rpartition("/")[2]
     made.put("output", settings.text("output_dir", f"output/{name}"), "output_dir")
     made.leftovers(importers.known("swift"), "ms-swift refuses an argument that it does not know, unless "
@@ -119,9 +123,24 @@ def _adapter(made: Draft, settings: Settings) -> None:
         made.lost("init_weights", "an adapter begins at zero here, so that the base is not changed")
     if settings.text("lora_bias", "none") != "none":
         made.lost("lora_bias", "biases are not trained here: merging could not fold them")
-    if settings.items("adapters"):
-        made.lost("adapters", ONWARD)
     whole(made, "modules_to_save", settings.items("modules_to_save"))
+
+
+def _objective(made: Draft, settings: Settings, method: str) -> None:
+    """The adapter that it goes on from, and what it learns from preferences."""
+    paths, theirs = settings.items("adapters"), settings.items("ref_adapters")
+    if len(paths) > 1:
+        made.lost("adapters", "several: a run goes on from one")
+    elif paths:
+        foreignobjective.onward(made, "adapters", paths[0], method, reference=theirs[0] if theirs else "")
+    if method == "sft":
+        return
+    if theirs and not paths:
+        made.lost("ref_adapters", "a reference with an adapter that the policy does not begin from")
+    settings.used.add("ref_adapters")
+    simpo = settings.text("rlhf_type") == "simpo"
+    names = foreignobjective.Names(word="rlhf_type", beta_default=2.0 if simpo else 0.1)
+    foreignobjective.objective(made, method, names, loss=settings.items("loss_type") if method != "simpo" else "")
 
 
 def _window(made: Draft, settings: Settings) -> int:
@@ -135,7 +154,8 @@ def _window(made: Draft, settings: Settings) -> int:
         made.differs("max_length", f"not set: all that the model reaches there; {length:,} is written"
                      + ("" if reach else ", since the model is not here to ask"))  # fmt: skip
     how = settings.text("truncation_strategy", "delete")
-    ours = {"delete": "drop", "split": "split"}.get(how, "drop")
+    judged = "objective.method" in made.lines  # of a pair nothing is cut
+    ours = "split" if how == "split" and not judged else "drop"
     made.put("data.over_length", ours, "truncation_strategy", value=how)
     if how in ("left", "right"):
         lost = "beginning: the system turn and the question" if how == "left" else "end: the answer and its stop token"
@@ -207,11 +227,12 @@ def _origin(made: Draft, settings: Settings, key: str, name: str, renamed: dict[
     return Origin(path=path, subset=subset, columns=columns, split=split)
 
 
-def _loss(made: Draft, settings: Settings) -> None:
+def _loss(made: Draft, settings: Settings, method: str) -> None:
     scale = settings.text("loss_scale", "default")
     base, *more = scale.split("+")
     ours = {"default": "assistant", "last_round": "last", "all": "all"}.get(base, "assistant")
-    made.put("data.train_on", ours, "loss_scale", value=scale)
+    if method == "sft":
+        made.put("data.train_on", ours, "loss_scale", value=scale)
     if base not in ("default", "last_round", "all") or set(more) - {"ignore_empty_think"}:
         made.lost(
             "loss_scale", f"{short(scale)} weighs parts of an answer: `weight` of a message weighs a whole one here"

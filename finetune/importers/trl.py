@@ -1,39 +1,51 @@
-"""TRL's ``trl sft --config FILE`` (or its arguments on a command line).
+"""TRL's ``trl sft --config FILE``, ``trl dpo``, ``trl kto``, its ``orpo.py`` and ``cpo.py``, or their command lines.
 
-Facts of TRL 1.16.0 with transformers 5.23.0 and PEFT 0.21.2: `trl/scripts/sft.py` and `scripts/utils.py` (which keys
-are read, that unknown ones are dropped), `trainer/sft_config.py` and `model_config.py` (defaults),
-`trainer/sft_trainer.py` (what is cut and what is in the loss), `trainer/utils.py` (number formats).
+Facts of TRL 1.16.0 with transformers 5.23.0 and PEFT 0.21.2: `trl/scripts/` (which keys are read, that unknown ones are
+dropped), the trainers' configs and `model_config.py` (defaults), `trainer/sft_trainer.py` (what is cut and what is in
+the loss), `trainer/utils.py` (number formats). A file does not say which program reads it: its keys and its rows do.
 """
 
 from __future__ import annotations
 
-from finetune import importers
+from collections.abc import Sequence
+
+from finetune import foreignobjective, importers
 from finetune.dsfile import scheduler
-from finetune.foreign import BY_HAND, Draft, Settings, short
+from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, base, compute, eval_rows, number_formats, shape, targets, train_rows, whole
 from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "use_peft", "load_in_4bit",
     "lora_r", "lora_target_modules", "max_seq_length", "assistant_only_loss", "completion_only_loss",
-    "dataset_text_field", "packing_strategy", "use_bnb_nested_quant", "dtype",
+    "dataset_text_field", "packing_strategy", "use_bnb_nested_quant", "dtype", "precompute_ref_log_probs",
 })  # fmt: skip
-COMMANDS = (("trl", "sft"), ("sft.py",))
+_PROGRAMS = ("sft", "dpo", "kto", "orpo", "cpo", "grpo", "rloo", "reward", "distillation")
+COMMANDS = (*(("trl", name) for name in _PROGRAMS), *((f"{name}.py",) for name in _PROGRAMS))
 _OLD = {
     "max_seq_length": "max_length, whose default is 1024",
     "warmup_ratio": "warmup_steps, which is a share of the steps where it is below 1, and 0 by default",
     "torch_dtype": "dtype, whose default is float32",
 }
 """Names of earlier versions that 1.16 drops like any other word that it does not know."""
-_OTHERS = {"beta": "DPO", "reward_funcs": "GRPO", "num_generations": "GRPO", "ref_model_name_or_path": "DPO",
-           "desirable_weight": "KTO"}  # fmt: skip
+_TELLING = {
+    "desirable_weight": "kto", "undesirable_weight": "kto", "simpo_gamma": "cpo", "cpo_alpha": "cpo",
+    "reward_funcs": "grpo", "num_generations": "grpo", "center_rewards_coefficient": "reward",
+    "teacher_model_name_or_path": "distillation", "label_smoothing": "dpo", "loss_weights": "dpo",
+    "f_divergence_type": "dpo", "precompute_ref_log_probs": "dpo", "ref_model_name_or_path": "dpo", "ld_alpha": "dpo",
+    "use_weighting": "dpo", "beta": "dpo",
+}  # fmt: skip
+"""Keys that only one program reads, the telling ones first."""
+_SFT_LOSSES = ("nll", "dft", "chunked_nll")
+_RATES = {"sft": 2e-5}
+_RATE = 1e-6
 
 
 def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="TRL 1.16.0, transformers 5.23.0")
-    for key, method in _OTHERS.items():
-        if settings.has(key):
-            raise settings.stop(key, f"this is {method}, whose settings are not taken over", BY_HAND)
+    program, told = _program(settings)
+    word = "simpo" if program == "cpo" and settings.text("loss_type") == "simpo" else program
+    method = foreignobjective.method(settings, told, word)
     if not settings.truth("use_peft", default=False):
         what = "use_peft is not set: TRL trains every weight, and ignores whatever lora_* says"
         raise settings.stop(
@@ -42,16 +54,53 @@ def draft(settings: Settings) -> Draft:
     base(made)
     _formats(made, settings)
     _adapter(made, settings)
+    if method != "sft":
+        _objective(made, settings, method, program, told)
     length = _window(made, settings)
     packing = settings.truth("packing", default=False)
-    course(made, Names(rate_default=2e-5, ratio=False), packed=length if packing else None)
+    rate = _RATES.get(program, _RATE)
+    course(made, Names(rate_default=rate, ratio=False), packed=length if packing else None)
     scheduler(made)
-    _rows(made, settings)
+    _rows(made, settings, method)
     if settings.values.get("learning_rate") is None:
-        made.differs("learning_rate", "2e-05 is TRL's default for whole models; adapters usually take ten times that")
+        what = f"{rate:g} is TRL's default for whole models; adapters usually take ten times that"
+        made.differs("learning_rate", what)
     made.put("output", settings.text("output_dir", "trainer_output"), "output_dir")
-    _unknown(made, settings)
+    _unknown(made, settings, importers.known("trl" if program == "sft" else f"trl.{program}"))
     return made
+
+
+def _program(settings: Settings) -> tuple[str, str]:
+    """Which of TRL's programs reads the settings, and the key that tells it, to point at."""
+    if settings.program in _PROGRAMS:
+        return settings.program, "trl"
+    loss = settings.items("loss_type")
+    if loss in (["simpo"], ["kto"], ["apo_zero_unpaired"]):
+        return "cpo" if loss == ["simpo"] else "kto", "loss_type"
+    for key, program in _TELLING.items():
+        if settings.has(key):
+            return program, key
+    if loss and loss[0] not in _SFT_LOSSES:
+        return "dpo", "loss_type"
+    name = settings.text("dataset_name")
+    columns = set(settings.place.columns(settings.find(name)) or ())
+    if {"chosen", "rejected"} <= columns:
+        return "dpo", "dataset_name"
+    return ("kto", "dataset_name") if "label" in columns and "completion" in columns else ("sft", "dataset_name")
+
+
+def _objective(made: Draft, settings: Settings, method: str, program: str, told: str) -> None:
+    settings.values = {**settings.values, "trl": program}
+    names = foreignobjective.Names(word="trl", smooths=program != "dpo", gamma_default=0.5)
+    loss = settings.items("loss_type") if program in ("dpo", "kto") else ""
+    foreignobjective.objective(made, method, names, loss=loss)
+    if told in ("beta", "dataset_name") and program == "dpo":
+        made.differs(told, "read as `trl dpo` reads it; orpo.py has such rows and this key too: then write "
+                     "objective.method: orpo, without loss")  # fmt: skip
+    if program == "kto":
+        made.differs("train_sampling_strategy", "rows are taken in the file's order there, so that each meets its "
+                     "neighbour's answer; here a step's rows are drawn, and meet those beside them in it")  # fmt: skip
+    settings.used.add("train_sampling_strategy")
 
 
 def _formats(made: Draft, settings: Settings) -> None:
@@ -116,7 +165,7 @@ def _window(made: Draft, settings: Settings) -> int:
     return length
 
 
-def _rows(made: Draft, settings: Settings) -> None:
+def _rows(made: Draft, settings: Settings, method: str) -> None:
     listed = settings.raw("datasets")
     test = settings.text("dataset_test_split", "test")
     judged = made.course is not None and made.course.evaluate != "no"
@@ -138,7 +187,8 @@ def _rows(made: Draft, settings: Settings) -> None:
                       "data.eval_fraction judges here")  # fmt: skip
     else:
         raise settings.stop("dataset_name", "missing: dataset_name or datasets", "name the data set")
-    _loss(made, settings, [origin.path for origin in origins])
+    if method == "sft":
+        _loss(made, settings, [origin.path for origin in origins])
 
 
 def _mixed(made: Draft, settings: Settings, declared: object) -> Origin:
@@ -158,8 +208,6 @@ def _mixed(made: Draft, settings: Settings, declared: object) -> Origin:
 def _loss(made: Draft, settings: Settings, paths: list[str]) -> None:
     only = settings.truth("assistant_only_loss", default=False)
     kinds = {shape(settings.place.columns(path)) for path in paths}
-    if any({"chosen", "rejected"} <= set(settings.place.columns(path) or ()) for path in paths):
-        raise settings.stop("dataset_name", "its rows are preference pairs", BY_HAND)
     pairs = settings.truth("completion_only_loss", default=kinds == {"pairs"})
     ours = "assistant" if only or pairs else "all"
     made.put("data.train_on", ours, "assistant_only_loss", "completion_only_loss", value=f"{only}, {pairs}".lower())
@@ -175,11 +223,11 @@ def _loss(made: Draft, settings: Settings, paths: list[str]) -> None:
         made.put("data.columns", {"text": field}, "dataset_text_field")
 
 
-def _unknown(made: Draft, settings: Settings) -> None:
+def _unknown(made: Draft, settings: Settings, known: Sequence[str]) -> None:
     for key, now in _OLD.items():
-        if settings.has(key) and key not in settings.used | set(importers.known("trl")):
+        if settings.has(key) and key not in settings.used | set(known):
             settings.used.add(key)
             made.differs(key, f"a name of earlier versions; 1.16 drops it without a word. It is now {now}: that is "
                               "what "
                          "is taken over")  # fmt: skip
-    made.leftovers(importers.known("trl"), "TRL does not know this key and drops it without a word")
+    made.leftovers(known, "TRL does not know this key and drops it without a word")

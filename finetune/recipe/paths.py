@@ -18,6 +18,8 @@ _SECRET = re.compile(r"[^:]*://[^/@]*:[^/@]*@|.*\?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt", ".yaml", ".yml")
 _PART_CHARACTERS = 96
+TRACKIO = "trackio"
+"""The folder beside the runs in which that tracker keeps what it records."""
 _PART_BYTES = 255  # what file systems take for one name
 
 
@@ -145,6 +147,8 @@ def _output(name: str) -> Iterator[Finding]:
         yield Finding(at, what, f"use letters, digits and any of ._-=, at most {_PART_CHARACTERS} of them")
     elif "" in parts or set(parts) == {"."}:
         yield Finding(at, f"{shown(name)} does not name a folder of its own", "write it like runs/name")
+    elif parts[-1] == TRACKIO:
+        yield Finding(at, "the tracker trackio keeps what it records of runs here", "give it another name")
 
 
 def _new(name: str, parts: list[str]) -> list[str]:

@@ -25,6 +25,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "chosen conversation again as messages": {"messages": [Q, GOOD], "chosen": [Q, GOOD], "rejected": [Q, BAD]},
     "axolotl": {"messages": [Q], "chosen": GOOD, "rejected": BAD},
     "axolotl, names": {"messages": [Q], "chosen_messages": [GOOD], "rejected_messages": [BAD]},
+    "ms-swift": {"messages": [Q, GOOD], "rejected_response": "bad"},
+    "ms-swift, conversations": {"messages": [Q, GOOD], "rejected_messages": [Q, BAD]},
     "LLaMA-Factory, sharegpt": {
         "conversations": [{"from": "human", "value": "q"}],
         "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"},

@@ -80,7 +80,8 @@ def test_the_known_keys_are_its_packages() -> None:
         "integrations.py": ["WandbConfig", "MLFlowConfig"],
     }.items():  # fmt: skip
         assert set(facts.defaults(schemas / file, *names)) - known == set()
-    assert set(facts.defaults(schemas / "datasets.py", "SFTDataset")) == set(importers.known("axolotl.datasets"))
+    sets = facts.defaults(schemas / "datasets.py", "SFTDataset", "DPODataset", "KTODataset")
+    assert set(sets) == set(importers.known("axolotl.datasets"))
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,8 @@ def test_declared_types_become_formats(place: Path, kind: str, format_name: str,
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (
-            "rl: dpo\n",
-            "rl: dpo is not taken over, only supervised fine-tuning is; dpo, orpo, simpo and kto are by hand",
-        ),
+        ("rl: grpo\n", "rl: grpo is not taken over: it learns from answers that it samples"),
+        ("rl: dpo\nsample_packing: true\n", "sample_packing: does not go with rl: dpo there"),
         ("load_in_4bit: true\nload_in_8bit: true\n", "cannot be true beside load_in_4bit"),
         ("val_set_size: 0.1\ntest_datasets:\n  - path: more.jsonl\n", "cannot be given together with test_datasets"),
         ("val_set_size: 25\n", "val_set_size: holds out all 25 rows"),

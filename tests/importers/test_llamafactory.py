@@ -126,10 +126,7 @@ def test_declared_sets(name: str, data: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (
-            "stage: dpo\n",
-            "stage: dpo is not taken over, only sft and pt (plain text) are; dpo, orpo, simpo and kto are by hand",
-        ),
+        ("stage: rm\n", "stage: rm is not taken over: it trains a model that scores answers"),
         ("finetuning_type: full\n", "full trains what is no LoRA"),
         ("quantization_bit: 3\n", "3 bits have no format here"),
         ("dataset: shpo\n", "'shop'"),

@@ -69,7 +69,7 @@ def test_defaults_are_those_of_its_package() -> None:
 def test_the_known_keys_are_its_packages() -> None:
     swift = facts.source("swift")
     known = set(importers.known("swift"))
-    files = [swift / "arguments" / name for name in ("sft_args.py", "tuner_args.py")]
+    files = [swift / "arguments" / name for name in ("sft_args.py", "tuner_args.py", "rlhf_args.py")]
     files += [swift / "arguments" / "base_args" / f"{part}_args.py" for part in ("model", "data", "template", "quant")]
     for file in files:
         assert set(facts.defaults(file)) - known == set()
@@ -97,10 +97,8 @@ def test_words_of_a_file(place: Path, text: str, values: dict[str, object]) -> N
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        (
-            "swift rlhf --rlhf_type dpo --model base --dataset x",
-            "rlhf_type: dpo is not taken over, only sft is; dpo, orpo, simpo and kto are by hand",
-        ),
+        ("swift rlhf --rlhf_type grpo --model base --dataset x", "rlhf_type: grpo is not taken over: it learns from"),
+        ("swift rlhf --rlhf_type dop --model base --dataset x", "rlhf_type: dop is no method that is known here"),
         ("swift sft --model base --dataset x --tuner_type full", "full trains what is no LoRA"),
         ("swift sft --model $HOME/base --dataset x", "only a shell knows what $HOME"),
         ("swift sft --model base --dataset $(ls)", "only a shell knows what $("),

@@ -126,10 +126,8 @@ def test_what_is_in_the_loss_hangs_on_the_rows(place: Path, shape: str, extra: s
     ("text", "what"),
     [
         ("use_peft: false\nlora_r: 8", "use_peft: use_peft is not set: TRL trains every weight"),
-        (
-            "use_peft: true\nbeta: 0.1",
-            "beta: this is DPO, whose settings are not taken over; dpo, orpo, simpo and kto are by hand",
-        ),
+        ("use_peft: true\nreward_funcs: length", "reward_funcs: grpo is not taken over: it learns from answers"),
+        ("use_peft: true\ncpo_alpha: 1", "cpo_alpha: cpo is not taken over: its loss has no reference"),
         ("use_peft: true\nload_in_4bit: true\nload_in_8bit: true", "load_in_8bit: cannot be true beside load_in_4bit"),
         ("use_peft: true\nlora_r: many", "lora_r: must be a number; found many"),
         ("use_peft: true\nlora_r: 0", "lora_r: must be a whole number, at least 1; found 0"),
@@ -166,10 +164,3 @@ def test_a_mixture_becomes_sources(place: Path) -> None:
     assert found.values["data.eval_fraction"] == 0.1
     assert "share of rows" in found.about("datasets", "lost")
     plan()
-
-
-def test_preference_pairs_are_refused(place: Path, samples: Path) -> None:
-    Path("train.jsonl").write_text((samples / "preference.jsonl").read_text())
-    Path("c.yaml").write_text("model_name_or_path: base\ndataset_name: train.jsonl\nuse_peft: true\n")
-    said = finetune("import", "c.yaml", "--from", "trl")
-    assert (said.code, "preference pairs" in said.err) == (2, True)

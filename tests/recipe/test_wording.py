@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,11 @@ CATALOGUE: dict[str, tuple[Callable[[str], str], str, str]] = {
         swap("  seed: 7", "  gradient_accumulation_steps: -2"),
         "r.yaml:19:3: train.gradient_accumulation_steps",
         "unknown key",
+    ),
+    "9 trackio's folder": (
+        lambda text: re.sub(r"output: .*", "output: runs/trackio", text),
+        "r.yaml:23:1: output",
+        "the tracker trackio keeps what it records",
     ),
     "10 length 1": (swap("length: 256", "length: 1"), "r.yaml:18:3: train.max_length", "at least 8"),
     "11 rank 0": (swap("r: 8\n  lora", "r: 0\n  lora"), "r.yaml:7:3: adapter.r", "from 1"),

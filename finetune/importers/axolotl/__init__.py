@@ -1,20 +1,21 @@
-"""axolotl's YAML (``axolotl train FILE``).
+"""axolotl's YAML (``axolotl train FILE``), supervised or with ``rl:``.
 
 Facts of axolotl 0.19.0, which runs with transformers 5.16.1 and PEFT 0.20.0: `utils/schemas/` (defaults; a pydantic
 model that ignores unknown keys), `core/builders/base.py` (warm-up, saves), `utils/config/__init__.py` (shares of an
 epoch, number formats), `utils/trainer.py` (steps), `utils/data/utils.py` (long rows), `loaders/` (adapter and
-quantisation), `prompt_strategies/` (what is in the loss).
+quantisation), `prompt_strategies/` (what is in the loss), `core/builders/rl.py` and `core/trainers/dpo/` (preferences).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune import importers
+from finetune import foreignobjective, importers
 from finetune.dsfile import scheduler
-from finetune.foreign import BY_HAND, ONWARD, Course, Draft, Settings, short
-from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
+from finetune.foreign import Course, Draft, Settings, short
+from finetune.foreignparts import compute, number_formats, targets, whole
 from finetune.hftrainer import TRACKERS, Names, course
+from finetune.importers.axolotl.datasets import rows
 
 SIGNS = frozenset({
     "base_model", "micro_batch_size", "sequence_len", "datasets", "adapter", "num_epochs", "val_set_size",
@@ -24,21 +25,12 @@ SIGNS = frozenset({
 })  # fmt: skip
 COMMANDS = (("axolotl", "train"), ("axolotl.cli.train",))
 _LEAST_WARMUP = 2
-_LOST = ("shards", "drop_system_message", "message_field_training", "train_on_eos", "train_on_eot", "split_thinking")
-_OWN_TEXT = {
-    "instruction": "field_instruction",
-    "input": "field_input",
-    "output": "field_output",
-    "system": "field_system",
-}
 
 
 def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="axolotl 0.19.0")
-    if settings.has("rl"):
-        raise settings.stop(
-            "rl", f"{short(settings.text('rl'))} is not taken over, only supervised fine-tuning is", BY_HAND
-        )
+    word = "reward" if settings.truth("reward_model", default=False) else settings.text("rl") or "sft"
+    method = foreignobjective.method(settings, "reward_model" if word == "reward" else "rl", word)
     kind = settings.text("adapter")
     if kind not in ("lora", "qlora"):
         what = f"{short(kind)} is no LoRA" if kind else "not set: every weight is trained, and lora_* is ignored"
@@ -52,9 +44,12 @@ def draft(settings: Settings) -> Draft:
             made.put("revision", settings.text(key), key)
     _formats(made, settings, kind)
     _adapter(made, settings)
+    _onward(made, settings, method)
+    if method != "sft":
+        _objective(made, settings, method, word)
     length = _window(made, settings)
     _course(made, settings, length if settings.truth("sample_packing", default=False) else None)
-    _rows(made, settings)
+    rows(made, settings, method)
     made.put("output", settings.text("output_dir", "model-out"), "output_dir")
     made.leftovers(importers.known("axolotl"), "axolotl does not know this key and drops it without a word")
     return made
@@ -112,11 +107,35 @@ def _adapter(made: Draft, settings: Settings) -> None:
         made.put("train.lora_plus_ratio", ratio, "loraplus_lr_ratio")
     if settings.text("peft_init_lora_weights", "true") not in ("true", "gaussian"):
         made.lost("peft_init_lora_weights", "an adapter begins at zero here, so that the base is not changed")
-    if settings.has("lora_model_dir"):
-        made.lost("lora_model_dir", ONWARD)
     if settings.has("peft"):
         made.lost("peft", "LoftQ and torchao: the base is quantised as quantize.weights says")
     whole(made, "lora_modules_to_save", settings.items("lora_modules_to_save"))
+
+
+def _onward(made: Draft, settings: Settings, method: str) -> None:
+    if not settings.has("lora_model_dir"):
+        return
+    if method in ("dpo", "kto") and not settings.truth("merge_lora", default=False):
+        settings.used.add("lora_model_dir")
+        made.differs("lora_model_dir", f"with rl: {settings.text('rl')} it is never loaded there, without a word: "
+                     "the run begins with a new adapter, here too; adapter.start_from goes on from one")  # fmt: skip
+    else:
+        foreignobjective.onward(made, "lora_model_dir", settings.text("lora_model_dir"), method)
+
+
+def _objective(made: Draft, settings: Settings, method: str, word: str) -> None:
+    nested = settings.raw("trl")
+    if isinstance(nested, dict) and nested.get("beta") is not None:  # it counts before rl_beta there
+        settings.values = {**settings.values, "rl_beta": nested["beta"]}
+    if settings.truth("sample_packing", default=False):
+        settings.fault("sample_packing", f"does not go with rl: {word} there", "remove it: rows are packed here anyway")
+    loss = settings.items("dpo_loss_type") if word == "dpo" else word
+    names = foreignobjective.Names(
+        word="rl", beta=("rl_beta", "orpo_alpha"), loss="dpo_loss_type" if word == "dpo" else "rl",
+        smoothing="dpo_label_smoothing", smooths=False, gamma_default=None, wanted="kto_desirable_weight",
+        unwanted="kto_undesirable_weight",
+    )  # fmt: skip
+    foreignobjective.objective(made, method, names, loss=loss)
 
 
 def _window(made: Draft, settings: Settings) -> int:
@@ -203,98 +222,3 @@ def _share(settings: Settings, what: str, epochs: float, default: str) -> float 
     if steps:
         return steps
     return strategy if strategy in ("epoch", "no") else "no"
-
-
-def _rows(made: Draft, settings: Settings) -> None:
-    listed = settings.raw("datasets")
-    if not isinstance(listed, list) or not listed:
-        raise settings.stop("datasets", "missing", "name the data sets: a list of path and type")
-    roles: set[str] = set()
-    origins = [_origin(made, settings, "datasets", declared, roles) for declared in listed]
-    train_rows(made, origins, "datasets")
-    tests = settings.raw("test_datasets")
-    judged = [_origin(made, settings, "test_datasets", one, roles) for one in tests] if isinstance(tests, list) else []
-    eval_rows(made, judged, "test_datasets")
-    size = settings.number("val_set_size", 0.0)
-    if size < 0:
-        settings.fault("val_set_size", "must be a number of rows, or a share below 1")
-    elif size and judged:
-        settings.fault("val_set_size", "cannot be given together with test_datasets", "keep one")
-    elif size and made.course:
-        made.course.held, made.course.held_key = size, "val_set_size"
-    everything = settings.truth("train_on_inputs", default=False) or "user" in roles
-    made.put("data.train_on", "all" if everything else "assistant", "train_on_inputs", value=everything)
-    template = settings.text("chat_template")
-    if template and not template.startswith("tokenizer_default"):
-        made.differs("chat_template", f"{short(template)} is axolotl's own text, not the tokenizer's template; here "
-                                      "the "
-                     "tokenizer's is used: compare one row with `finetune data show`")  # fmt: skip
-    if settings.has("special_tokens", "tokens"):
-        made.lost(
-            "special_tokens", "the tokenizer is taken as it is published; trainable_tokens trains rows of its tokens"
-        )
-        settings.used.add("tokens")
-
-
-def _origin(made: Draft, settings: Settings, key: str, declared: object, roles: set[str]) -> Origin:
-    if not isinstance(declared, dict) or not isinstance(declared.get("path"), str):
-        raise settings.stop(key, "each must be a mapping with a path", "write `- path: …`")
-    known = importers.known("axolotl.datasets")
-    for word in declared:
-        if word not in known:
-            near = importers.near(str(word), known)
-            made.differs(
-                key,
-                f"{short(str(word))} is no key of a data set there, and dropped without a word; {near}".rstrip("; "),
-            )
-    path, files = declared["path"], declared.get("data_files")
-    if path in ("json", "csv", "parquet") and isinstance(files, str):
-        path = files
-    elif files:
-        made.lost(key, f"data_files of {short(path)}: name the files themselves in data.sources")
-    for word in _LOST:
-        if declared.get(word):
-            made.lost(key, f"{word} of {short(path)}: every answer ends with its trained stop token here, and "
-                           "`train: false` of a "
-                      "message keeps it out of the loss")  # fmt: skip
-    roles.update(map(str, declared.get("roles_to_train") or ()))
-    path = settings.find(path)
-    format_name, columns = _kind(made, key, path, declared)
-    return Origin(
-        path=path, format=format_name, columns=columns, split=str(declared.get("split") or "train"),
-        subset=str(declared.get("name") or ""), revision=str(declared.get("revision") or ""),
-    )  # fmt: skip
-
-
-def _kind(made: Draft, key: str, path: str, declared: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """``type`` of a data set: the format, and its columns where they are called otherwise."""
-    kind = declared.get("type")
-    if isinstance(kind, dict):
-        made.differs(key, f"{short(path)} fills in a text of its own for each row there; here its fields become "
-                          "turns of the "
-                     "tokenizer's template")  # fmt: skip
-        fields = {ours: str(kind.get(theirs) or ours) for ours, theirs in _OWN_TEXT.items()}
-        return "alpaca", {ours: column for ours, column in fields.items() if column != ours}
-    word = str(kind or "").partition(".")[0].partition(":")[0]
-    if word == "completion":
-        made.differs(
-            key, f"{short(path)}: texts longer than sequence_len are cut into several there; here see data.over_length"
-        )
-        column = str(declared.get("field") or "text")
-        return "text", {} if column == "text" else {"text": column}
-    if word.startswith("alpaca"):
-        made.differs(key, f"{short(path)}: type {short(kind)} writes its own text around the instruction (### "
-                          "Instruction and the "
-                     "like), with no chat template; here the tokenizer's template is used")  # fmt: skip
-        return "alpaca", {}
-    if word in ("chat_template", "sharegpt"):
-        column = str(declared.get("field_messages") or ("conversations" if word == "sharegpt" else "messages"))
-        if word == "sharegpt":
-            made.differs(key, "type sharegpt is refused by axolotl now: it is read as type chat_template")
-        if column == "conversations":
-            return "sharegpt", {}
-        return "chat", {} if column == "messages" else {"messages": column}
-    made.lost(
-        key, f"{short(path)}: type {short(kind)} has no format of its name here; the columns decide (data.format: auto)"
-    )
-    return "auto", {}

@@ -107,7 +107,7 @@ def _trackio(record: Record, runs: Path, port: int, terminal: Terminal) -> None:
             server = trackio.show(
                 project=PROJECT, host="127.0.0.1", open_browser=False, block_thread=False, server_port=port or None
             )
-    except Exception as error:  # its web server says in many ways that it did not come up, too slow a machine among them
+    except Exception as error:  # its web server has many ways to say that it did not come up
         what = f"trackio's server did not start: {clean(str(error))}"
         fix = f"try again, on another --port, or see all runs as text: finetune dashboard {runs} --text"
         raise EnvironmentFault(what, str(record.place), fix) from error

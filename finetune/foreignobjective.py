@@ -24,7 +24,7 @@ class Word(NamedTuple):
 
 
 _SAMPLES = "it learns from answers that it samples as it goes, and that something scores"
-_REWARD = "it trains a model that scores answers"
+_REWARD = "it trains a model that scores answers, which is written by hand so far (objective.method: reward)"
 _TEACHER = "it learns from a teacher's probabilities"
 METHODS = {
     "sft": Word("sft"), "pt": Word("sft"),

@@ -20,7 +20,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder that holds the data the shipped recipes name."""
     for place in ("dates", "preferences"):
         (tmp_path / "data" / place).mkdir(parents=True)
-        for name in ("train", "eval"):
+        for name in ("train", "eval", "train-labels", "eval-labels"):
             (tmp_path / "data" / place / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -78,7 +78,7 @@ def with_data(folder: Path) -> Path:
     """A working folder with the files that the shipped recipes name."""
     for place in ("dates", "preferences"):
         (folder / "data" / place).mkdir(parents=True)
-        for name in ("train", "eval"):
+        for name in ("train", "eval", "train-labels", "eval-labels"):
             (folder / "data" / place / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
     (folder / "data" / "samples").mkdir()
     (folder / "data" / "samples" / "alpaca.jsonl").write_text("{}\n")

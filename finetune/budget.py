@@ -18,6 +18,7 @@ from finetune.kernels.causal_attention import ROWS
 from finetune.kernels.cross_entropy import chunk_rows
 from finetune.optimizer import Tensors
 from finetune.recipe import Recipe
+from finetune.recipe.objective_keys import EXTRA_PASSES
 from finetune.schedule import Part
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -39,6 +40,8 @@ it, by where the peak is (the head's blocks are too large for the heap); per byt
 per byte that comes and goes within a layer; where layers are recomputed, and per byte of their inputs; without kernels,
 per byte kept and in all. glibc before 2.38 seldom finds an aligned block again that it has freed. On a card torch has
 an allocator of its own, whose slack is in ``_PROCESS``."""
+_PLAIN_TEACHER = 3
+"""Times as much with a teacher's beside them, and what becomes of both."""
 _PLAIN_HEAD = 13
 """Bytes per logit without kernels: in the compute dtype, in fp32, the log-probabilities, and the gradients of both."""
 
@@ -55,6 +58,7 @@ class Budget:
     head: int
     generation: int
     overhead: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
@@ -64,7 +68,7 @@ class Budget:
     @property
     def training(self) -> int:
         """The peak of the steps alone."""
-        fixed = self.weights + self.adapter + self.gradients + self.optimizer + self.overhead
+        fixed = self.weights + self.adapter + self.gradients + self.optimizer + self.overhead + self.teacher
         return fixed + self.activations + self.head
 
 
@@ -164,6 +168,33 @@ def passing_bytes(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A teacher in memory. ``weights``: the number format of its own base, None where it has the run's; ``adapter``:
+    bytes of its adapter."""
+
+    shape: DecoderShape
+    weights: str | None
+    adapter: int
+
+    def bytes(self, double: bool, compute: str, device: str) -> int:
+        """What it holds all the time."""
+        if self.weights is None:
+            return self.adapter
+        return self.adapter + weight_bytes(self.weights, double, products(self.weights, compute), self.shape, device)
+
+    def passing(self, compute: str, one: Pass, device: str) -> int:
+        """What is there at once while it reads: one layer's, and the hidden states of all."""
+        width = products(self.weights, compute)
+        _, live = layer_bytes(self.shape, width, kernels=True, device=device, longest=one.longest)
+        return (live + 2 * BYTES[width] * self.shape.hidden) * one.tokens
+
+
+def products(weights: str | None, compute: str) -> str:
+    """The number format that a base is computed in: its own, where that is no packed one."""
+    return weights if weights in BYTES else compute
+
+
+@dataclass(frozen=True, kw_only=True)
 class Need:
     """Memory of a run as a function of what goes through at once: a recipe on one model and machine."""
 
@@ -173,6 +204,15 @@ class Need:
     compute: str
     tensors: Sequence[Tensors]
     load: Load | None
+    beside: Beside | None = None
+
+    @property
+    def extra_passes(self) -> float:
+        """Forward passes of a step without gradients, in those of the model itself."""
+        own = EXTRA_PASSES.get(self.recipe.objective.method, 0)
+        if self.beside is None:
+            return own
+        return own + self.beside.shape.linear_parameters() / self.shape.linear_parameters()
 
     def budget(self, one: Pass, layers: int, *, offload: bool, passes: float | None = None) -> Budget:
         """Peak memory where ``one`` is the heaviest of ``passes`` micro-batches (None: of very many)."""
@@ -190,6 +230,10 @@ class Need:
             slack += _HOLES_COMPILED["head" if head and kernels else "layer"] * compiled
             share, most = (_HOLES_KEPT[self.compute], 0.0) if kernels else _HOLES_PLAIN
             slack += share * kept + min(most, kept)
+        if self.beside:  # it reads before the model does, and leaves its last hidden states
+            kept += BYTES[self.compute] * self.beside.shape.hidden * one.supervised
+            kept = max(kept, self.beside.passing(self.compute, one, device) - live)
+            head *= 1 if kernels else _PLAIN_TEACHER
         made = {"activations": int(kept + live + slack), "head": head, "overhead": int(fixed)}
         return replace(self._standing, **made)
 
@@ -205,6 +249,7 @@ class Need:
             gradients=4 * sum(one.parameters for one in trained),
             optimizer=optimizer.state_bytes(kind, self.tensors),
             activations=0, head=0, generation=_generation_bytes(self), overhead=0,
+            teacher=self.beside.bytes(quantize.double, self.compute, self.hardware.device) if self.beside else 0,
         )  # fmt: skip
 
     def _vocabulary(self) -> int:

@@ -88,7 +88,15 @@ app.add_typer(datacli.app, name="data")
 
 
 app.command(name="eval")(judgecli.eval_)
-for _verb in (*startcli.VERBS, traincli.train, *shipcli.VERBS, *runcli.VERBS, *talkcli.VERBS, judgecli.predict):
+for _verb in (
+    *startcli.VERBS,
+    traincli.train,
+    *shipcli.VERBS,
+    *runcli.VERBS,
+    *talkcli.VERBS,
+    judgecli.predict,
+    judgecli.teach,
+):
     app.command(name=_verb.__name__.rstrip("_"))(_verb)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from finetune import checkpoint, identity, manifest, starts
+from finetune import checkpoint, identity, manifest, starts, taught
 from finetune.errors import EnvironmentFault, Fault, FinetuneError
 from finetune.identity import Identity
 from finetune.runfolder import RunFolder, disk_fault, make_folder, remove, sync_folder, write_synced
@@ -253,8 +253,10 @@ def snapshot(folder: RunFolder, step: int, place: Path) -> None:
     """
     make_folder(place)
     whole = [folder.checkpoints / checkpoint.folder_name(step)] if step else []
-    began = folder.root / starts.FOLDER
-    whole += [path for path in (*folder.checkpoints.glob("best-*"), folder.adapter, began) if not manifest.faults(path)]
+    beside = (folder.root / name for name in (starts.FOLDER, taught.FOLDER))
+    whole += [
+        path for path in (*folder.checkpoints.glob("best-*"), folder.adapter, *beside) if not manifest.faults(path)
+    ]
     named = (path for path in folder.root.iterdir() if _PART.fullmatch(path.name) and ".tmp-" not in path.name)
     loose = [path for path in named if path.is_file()]
     for path in (*loose, *(path for part in whole for path in part.iterdir())):

@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune import evals, generation
-from finetune.evals import loss, multiple_choice, preference
+from finetune.evals import loss, multiple_choice, preference, teacher_kl
+from finetune.taught import Taught
 
 if TYPE_CHECKING:
     from finetune.dataset import Example, Question
     from finetune.model import Policy
+
+
+Origin = Sequence[float] | Taught
+"""What rows are compared with: the reference's log-probabilities of their texts, or what a teacher said of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class How:
     asked: Mapping[str, Any] = field(default_factory=dict)
     objective: Any = None
     """The run's, where its loss is not that of the answers' tokens: as ``objectives.Ranking``."""
+    taught: str = ""
+    """A digest of what a teacher said of the rows, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +69,11 @@ class Judged:
 
 def judge(
     policy: Policy, held_out: HeldOut, how: How, *, adapter: bool = True, progress: Callable[[str, int, int], None],
-    origin: Sequence[float] | None = None,
+    origin: Origin | None = None,
 ) -> Judged:  # fmt: skip
     """Evaluate the policy, or with ``adapter=False`` the model as its run found it. ``progress`` gets (what, done, of).
 
-    ``origin``: the reference's log-probabilities of the rows' texts, where they are known.
+    ``origin``: what the rows are compared with, where that is known.
     """
     scores: dict[str, Any] = {"rows": held_out.rows}
     given: list[str] = []
@@ -75,13 +82,16 @@ def judge(
     questions = held_out.questions
     log_probs: list[float] = []
     with policy.evaluating(adapter=adapter):
-        if "loss" in how.metrics and how.objective is not None:
+        if "loss" in how.metrics and how.objective is not None and not isinstance(origin, Taught):
             losses, log_probs, found = _ranked(policy, held_out, how, adapter, progress, origin)
             scores |= found
         elif "loss" in how.metrics:
             tick = _counter("loss", len(held_out.examples), progress)
             losses = loss.by_token(policy, held_out.examples, how.micro_batch_tokens, tick)
             scores |= loss.score(held_out.examples, losses, held_out.roles)
+        if "loss" in how.metrics and isinstance(origin, Taught):
+            tick = _counter("teacher", len(held_out.examples), progress)
+            scores |= teacher_kl.judge(policy, held_out.examples, origin, how.micro_batch_tokens, tick)
         if "multiple_choice" in how.metrics:
             tick = _counter("options", sum(len(question.options) for question in questions), progress)
             verdicts["multiple_choice"], found = multiple_choice.judge(policy, questions, how.micro_batch_tokens, tick)

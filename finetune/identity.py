@@ -16,9 +16,9 @@ from finetune.runfolder import read_json, write_json
 LENGTHS = ("train.steps", "train.epochs")
 _LONGER = (*LENGTHS, "evaluate.early_stopping_patience")
 """What may change where a run is lengthened; ``run`` says whether it is longer by it."""
-_FREE = ("tracker", "output", "train.workers", "train.copy_to", "adapter.start_from")
+_FREE = ("tracker", "output", "train.workers", "train.copy_to", "adapter.start_from", "objective.teacher")
 """What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved. What an
-adapter to begin from holds is compared by its digest."""
+adapter to begin from or a teacher holds is compared by its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Identity:
     """``recipe``: flat keys and values. ``data``, ``base``: file → sha-256. ``resolved``: what ``auto`` became.
 
     ``together``: the other adapters whose rows went through the same passes. A product over more rows may round
-    otherwise, so that bits hang on it. ``start``: the digest of the adapter that the run began from.
+    otherwise, so that bits hang on it. ``start``: the digest of the adapter that the run began from; ``teacher``: those
+    of what it learns from.
     """
 
     recipe: dict[str, Any]
@@ -36,6 +37,7 @@ class Identity:
     environment: dict[str, Any]
     together: list[str] = field(default_factory=list)
     start: dict[str, str] = field(default_factory=dict)
+    teacher: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -80,6 +82,7 @@ def compare(old: Identity, new: Identity, folder: Path, *, extend: bool) -> list
     _raise(DataError, _changed(old.data, new.data))
     _raise(ModelError, _changed(old.base, new.base))
     _raise(ModelError, _changed(old.start, new.start))
+    _raise(ModelError, _changed(old.teacher, new.teacher))
     _raise(RecipeError, _joined(old, new, folder))
     before, now = processes(1) | old.environment, processes(1) | new.environment
     left = [name for name in old.together if name not in new.together]

@@ -1,4 +1,7 @@
-"""The verbs that ask a model: eval judges it, predict lets it answer a file. Imports no torch."""
+"""The verbs that ask a model: eval judges it, predict lets it answer a file, teach writes down what it would say.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.options import AsJson, Quiet, print_json, terminal
+from finetune.options import AsJson, Overrides, Quiet, RecipePath, check_recipe, print_json, terminal
 
 _Model = Annotated[Path, typer.Argument(help="a run's folder, or a model's", show_default=False)]
 
@@ -45,6 +48,26 @@ def eval_(
         model, terminal(quiet=quiet, as_json=as_json), data=data, merged=merged, overrides=tuple(set_ or ()),
         tasks=tuple(names), task_path=task_path, chat=chat, fresh=fresh,
     )  # fmt: skip
+    if as_json:
+        print_json(found)
+
+
+def teach(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--out", help="the folder to write, which training then names as its teacher")],
+    set_: Overrides = None,
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", help="likeliest tokens kept at each position; all others are one", min=1, max=65536),
+    ] = 64,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write down what a recipe's teacher says of its rows; killed, the same command goes on."""
+    check_recipe(recipe, set_)
+    from finetune import pipeline
+
+    found = pipeline.teach(recipe, set_ or (), out, top_k, terminal(quiet=quiet, as_json=as_json))
     if as_json:
         print_json(found)
 

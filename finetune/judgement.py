@@ -34,7 +34,7 @@ from finetune import base as bases
 from finetune.bare import Bare
 from finetune.dataset import Reader, Source, read_rows
 from finetune.errors import DataError, ModelError
-from finetune.evaluate import HeldOut, How
+from finetune.evaluate import HeldOut, How, Origin
 from finetune.loading import BaseForm
 from finetune.model import Policy
 from finetune.runfolder import RunFolder, make_folder, read_json, user_cache, write_json
@@ -79,8 +79,8 @@ class Bench:
     tasks: harness.Tasks | None
     fresh: bool
     terminal: Terminal
-    origin: Sequence[float] | None = None
-    """The reference's log-probabilities of the rows, where the run knows them."""
+    origin: Origin | None = None
+    """What the reference or the teacher said of the rows, where the run knows it."""
     known: list[str] = field(default_factory=list)
     _held: tuple[Callable[[], Policy], Policy] | None = None
 
@@ -174,7 +174,7 @@ def judge(folder: Path, asked: Asked, terminal: Terminal) -> dict[str, Any]:
 Opened = tuple[HeldOut | None, How | None, list[Subject], RunFolder | None]
 
 
-def _of_run(folder: Path, asked: Asked, terminal: Terminal) -> tuple[*Opened, Sequence[float] | None]:
+def _of_run(folder: Path, asked: Asked, terminal: Terminal) -> tuple[*Opened, Origin | None]:
     """A run's base and adapter, and a merge of it where one stands; what its reference says of the rows."""
     overrides = list(asked.overrides)
     if asked.data is not None:

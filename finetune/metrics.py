@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from finetune.loop import StepDone
 
 
-_TOLD = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL"}
+_TOLD = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL", "cross_entropy": "cross-entropy"}
 """An objective's figures that the live line has room for."""
 
 

@@ -35,7 +35,8 @@ it meets, 35 in a step, and the heap finds freed blocks of one size again, those
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """A model and its tokenizer. With ``adapted`` false it is the base alone. ``start``: the weights of the adapter
-    that the run began from, by the parameters' names; None where it began with a fresh one."""
+    that the run began from, by the parameters' names; None where it began with a fresh one. ``teacher``: as of
+    ``teacher``, what it is distilled from."""
 
     model: Any
     tokenizer: Any
@@ -44,6 +45,7 @@ class Policy:
     adapted: bool
     kernels: bool = True
     start: dict[str, torch.Tensor] | None = None
+    teacher: Any = None
 
     @property
     def causal_lm(self) -> Any:

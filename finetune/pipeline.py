@@ -213,6 +213,13 @@ def predict(model: Path, data: Path, out: Path, terminal: Terminal, **asked: Any
     return predicting.predict(model, data, out, predicting.Asked(**asked), terminal)
 
 
+def teach(recipe: Path, overrides: Sequence[str], out: Path, top_k: int, terminal: Terminal) -> dict[str, Any]:
+    """Write down what a recipe's teacher says of its rows."""
+    from finetune import teach as teaching
+
+    return teaching.teach(recipe, overrides, out, top_k, terminal, reading(terminal, "reading"))
+
+
 def merge(folder: Path, out: Path, asked: Mapping[str, Any], terminal: Terminal, **bare: Any) -> dict[str, Any]:
     """Fold a run's adapter, or a bare one, into the base as it was trained against (or as published), and prove it.
 

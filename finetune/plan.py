@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune import budget, fitting, optimizer, schedule, speed, targets
-from finetune.budget import Budget, Load, Need, Pass
+from finetune.budget import Beside, Budget, Load, Need, Pass
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
@@ -111,8 +111,9 @@ def compute_dtype(recipe: Recipe, hardware: Hardware) -> str:
 def make(
     located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, *, must_fit: bool,
     notes: Sequence[str] = (), unchecked: Sequence[str] = (), rows: dict[str, list[int]] | None = None,
+    beside: Beside | None = None,
 ) -> Plan:  # fmt: skip
-    """Resolve a recipe for one machine. ``rows``: token ids whose rows are trained, by the matrix's module name.
+    """Resolve a recipe for one machine. ``rows``: ids of trained rows, by their module; ``beside``: who teaches.
 
     Raises:
         RecipeError: targets that match nothing, or a window beyond the model's positions.
@@ -123,7 +124,7 @@ def make(
     if recipe.train.max_length > shape.max_positions:
         what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
         raise RecipeError(what, located.where("train.max_length"), _longer(shape, recipe.rope))
-    need = need_of(located, shape, hardware, load, rows)
+    need = need_of(located, shape, hardware, load, rows, beside)
     compute, tensors = need.compute, need.tensors
     steps = course_steps(recipe, load.lengths, load.parts) if load else None
     fitted = fitting.fit(need, _step_tokens(recipe, steps, load))
@@ -134,7 +135,7 @@ def make(
     whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
     notes = [*notes, *(f"PEFT says: {clean(one)}" for one in selection.said)]
     remarks = [*notes, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device)]
-    remarks += _aim(recipe)
+    remarks += [*_may_end_early(recipe), *_aim(recipe)]
     if selection.whole:
         remarks.append(f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32")
     if memory.total > hardware.free_memory * budget.USABLE + memory.overhead:
@@ -184,13 +185,14 @@ def predicted(need: Need, layers: int, offload: bool, done: Work | None, full: i
 
 
 def need_of(
-    located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, rows: dict[str, list[int]] | None
-) -> Need:
+    located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, rows: dict[str, list[int]] | None,
+    beside: Beside | None = None,
+) -> Need:  # fmt: skip
     """What memory and time depend on. Raises RecipeError: targets that match nothing."""
     row_tensors = [Tensors("whole", shape.hidden * len(ids), 1) for ids in (rows or {}).values()]
     return Need(
         recipe=located.recipe, shape=shape, hardware=hardware, compute=compute_dtype(located.recipe, hardware),
-        tensors=[*targets.select(located, shape).tensors, *row_tensors], load=load,
+        tensors=[*targets.select(located, shape).tensors, *row_tensors], load=load, beside=beside,
     )  # fmt: skip
 
 
@@ -212,7 +214,9 @@ def _aim(recipe: Recipe) -> list[str]:
     chosen = recipe.objective
     if chosen.method == "sft":
         return []
-    settings = ", ".join(f"{key} {value}" for key, value in chosen.settings().items())
+    settings = ", ".join(f"{key} {value}" for key, value in chosen.settings().items() if value is not None)
+    if chosen.method == "distill":
+        return [f"objective {chosen.method} ({settings})"]
     passes = EXTRA_PASSES.get(chosen.method, 0)
     origin = recipe.adapter.start_from
     against = f"the adapter of {origin}" if origin else "the base without adapter"
@@ -221,6 +225,12 @@ def _aim(recipe: Recipe) -> list[str]:
     if chosen.scored:
         seen = "a score head is trained beside the adapter, from zeros, and read at each text's last token"
     return [f"objective {chosen.method} ({settings}): {parts}{seen}"]
+
+
+def _may_end_early(recipe: Recipe) -> list[str]:
+    patience, every = recipe.evaluate.early_stopping_patience, recipe.evaluate.every
+    said = f"after {patience} evaluations, one every {every} steps, without a better {recipe.evaluate.best_by}"
+    return [] if patience is None else [f"the run may end early: steps and time are at most these; it ends {said}"]
 
 
 def _uncounted(selection: targets.Selection, recipe: Recipe) -> list[str]:

@@ -25,6 +25,7 @@ from finetune import (
     recipe,
     source,
     starting,
+    teaching,
     tokenizer,
 )
 from finetune.base import Base, as_scorer, inspect
@@ -43,6 +44,7 @@ from finetune.repeats import Met
 from finetune.runfolder import RunFolder
 from finetune.samples import Samples
 from finetune.starting import Start
+from finetune.teaching import Teacher
 from finetune.window import Named
 
 _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json says how far it reaches"
@@ -52,7 +54,7 @@ _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json
 class Prepared:
     """A run that passed every check. Without ``base`` the model is known by its numbers only.
 
-    ``together``: the other adapters that are trained in the same passes. ``start``: the adapter that it begins from.
+    ``together``: other adapters trained in the same passes; ``start``: what it begins with; ``teacher``: who teaches.
     """
 
     located: Located
@@ -67,6 +69,7 @@ class Prepared:
     named: tuple[Named, ...] = ()
     together: tuple[str, ...] = ()
     start: Start | None = None
+    teacher: Teacher | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -137,10 +140,11 @@ def _prepared(
     _refuse_long_answers(located, base, gathered.held_out)
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
     load = _load(located.recipe, gathered, len(renderer.tokenizer))
+    teacher = teaching.find(located, base, renderer.tokenizer, gathered) if training else None
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.own_head),
-        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks,
-               *_may_end_early(located.recipe)],
+        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks, *teaching.notes(teacher)],
+        beside=teaching.beside(teacher, base.shape),
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
@@ -149,7 +153,7 @@ def _prepared(
     return Prepared(
         located=located, hardware=machine, base=base, shape=base.shape, load=load, plan=made, commit=found.commit,
         samples=gathered.samples, held_out=gathered.held_out, named=gathered.named,
-        start=starting.find(located, made.adapter_fields) if training else None,
+        start=starting.find(located, made.adapter_fields) if training else None, teacher=teacher,
     )  # fmt: skip
 
 
@@ -183,16 +187,9 @@ def _refuse_place(located: Located) -> None:
         raise EnvironmentFault(what, located.where("train.workers"), f"at most {processors} here")
 
 
-def _may_end_early(chosen: Recipe) -> list[str]:
-    patience, every = chosen.evaluate.early_stopping_patience, chosen.evaluate.every
-    said = f"after {patience} evaluations, one every {every} steps, without a better {chosen.evaluate.best_by}"
-    return [] if patience is None else [f"the run may end early: steps and time are at most these; it ends {said}"]
-
-
 def _inspect(located: Located, folder: Path) -> Base:
-    rope = located.recipe.rope
-    base = inspect(folder, rope)
-    if rope and base.origin is None:
+    base = inspect(folder, located.recipe.rope)
+    if located.recipe.rope and base.origin is None:
         raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
     if located.recipe.objective.scored:
         return as_scorer(base)
@@ -233,11 +230,16 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, mu
         f"the weights, tokenizer and template of {name}: not on this disk ({evidence})",
         "token counts, and so steps per epoch and time: they need the tokenizer",
         "whether the base has learned its template's control tokens: that is seen in the weights",
+        *teaching.unchecked(located),
     )
-    made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked, notes=notes)
+    teacher = teaching.find(located, None, None, None)
+    made = plan.make(
+        located, shape, machine, None, must_fit=must_fit, unchecked=unchecked,
+        notes=[*notes, *teaching.notes(teacher)], beside=teaching.beside(teacher, shape),
+    )  # fmt: skip
     return Prepared(
         located=located, hardware=machine, base=None, shape=shape, load=None, plan=made, commit=None, samples=None,
-        held_out=None, start=starting.find(located, made.adapter_fields),
+        held_out=None, start=starting.find(located, made.adapter_fields), teacher=teacher,
     )  # fmt: skip
 
 
@@ -271,8 +273,7 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
     located = recipe.locate(path, overrides)
     found = source.find(located.recipe.model, located.recipe.revision)
     if found is None:
-        fix = "fetch it: the tokenizer decides what is trained"
-        raise ModelError("the model is not on this disk", located.recipe.model, fix)
+        raise ModelError("the model is not on this disk", located.recipe.model, "fetch it: it decides what is trained")
     return located, _renderer(located, _inspect(located, found.folder))
 
 

@@ -5,12 +5,12 @@ Nothing is written, and the adapter is thrown away. What was measured corrects t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from finetune import hardware, loop, model, plan, speed, starts
+from finetune import hardware, loop, model, plan, speed, starts, teacher, teaching
 from finetune import optimizer as optimizers
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.fallback import Setting
@@ -69,11 +69,13 @@ def probe(prepared: Prepared, terminal: Terminal) -> Probed:
     heaviest = speed.work(steps, load, setting.micro_batch_tokens).samples
     done = speed.work([heaviest], load, setting.micro_batch_tokens)
     rows = chosen.adapter_fields.get("trainable_token_indices")
-    need = plan.need_of(prepared.located, base.shape, prepared.hardware, load, rows)
+    need = plan.need_of(
+        prepared.located, base.shape, prepared.hardware, load, rows, teaching.beside(prepared.teacher, base.shape)
+    )
     predicted = plan.predicted(need, setting.recomputed_layers, setting.recompute == "offload", done, 0)
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
     form = BaseForm(weights=chosen.weights, double=chosen.double, compute=chosen.compute, device=chosen.device)
-    measured, seconds = _measure(prepared, model.load_base(base, form), setting, heaviest)
+    measured, seconds = _measure(prepared, model.load_base(base, form), form, setting, heaviest)
     expected = speed.training_seconds(need, setting.recomputed_layers, done)
     return Probed(
         tokens=done.heaviest.tokens, predicted_memory=predicted.training, measured_memory=measured,
@@ -83,10 +85,13 @@ def probe(prepared: Prepared, terminal: Terminal) -> Probed:
     )  # fmt: skip
 
 
-def _measure(prepared: Prepared, policy: Policy, setting: Setting, samples: tuple[int, ...]) -> tuple[int, float]:
+def _measure(
+    prepared: Prepared, policy: Policy, form: BaseForm, setting: Setting, samples: tuple[int, ...]
+) -> tuple[int, float]:
     """(peak bytes over both steps, seconds of the second)."""
     wanted, chosen = prepared.recipe.train, prepared.plan
     assert prepared.samples is not None
+    said = None if prepared.teacher is None else teacher.load(prepared.teacher, policy, form, Terminal(silent=True))
     method = prepared.recipe.adapter.method
     fields = starts.plain(chosen.adapter_fields) if method == "lora" else chosen.adapter_fields
     policy = model.attach(
@@ -97,6 +102,7 @@ def _measure(prepared: Prepared, policy: Policy, setting: Setting, samples: tupl
         kernels=wanted.kernels != "off",
         compiled=wanted.compile is True,
     )
+    policy = replace(policy, teacher=said)
     setting.apply(policy)
     optimizer = optimizers.make(
         policy.model, wanted.optimizer, weight_decay=wanted.weight_decay, lora_plus_ratio=wanted.lora_plus_ratio

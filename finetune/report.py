@@ -74,7 +74,17 @@ def _memory(plan: Plan) -> list[str]:
     budget = plan.budget
     parts = [
         f"{name} {size(value)}"
-        for name in ("weights", "adapter", "gradients", "optimizer", "activations", "head", "generation", "overhead")
+        for name in (
+            "weights",
+            "teacher",
+            "adapter",
+            "gradients",
+            "optimizer",
+            "activations",
+            "head",
+            "generation",
+            "overhead",
+        )
         if (value := getattr(budget, name))
     ]
     return [f"memory     {size(budget.total)} predicted peak", f"           {', '.join(parts)}"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune import evaluate, gather, hardware, identity, plan, recipe, scores
+from finetune import evaluate, gather, hardware, identity, plan, recipe, scores, taught
 from finetune.errors import RecipeError
 from finetune.identity import Identity
 from finetune.loading import BaseForm
@@ -17,6 +17,7 @@ from finetune.model import Policy
 from finetune.peers import ALONE, Peers
 from finetune.prepare import Prepared
 from finetune.runfolder import RunFolder
+from finetune.taught import Taught
 from finetune.terminal import ByteBar, Progress, Terminal
 
 Known = list[tuple[evaluate.HeldOut, evaluate.How, evaluate.Judged]]
@@ -58,6 +59,7 @@ class Run:
             environment={**hardware.environment(self.prepared.hardware), **identity.processes(self.peers.world)},
             together=list(self.prepared.together),
             start=dict(start.digests) if start else {},
+            teacher=self.prepared.teacher.digests(base, self.terminal) if self.prepared.teacher else {},
         )
 
     def settle(self, extend: bool) -> None:
@@ -80,6 +82,7 @@ class Run:
             environment=stored.environment,
             together=stored.together,
             start=stored.start,
+            teacher=stored.teacher,
         )
         if changed != stored:
             changed.write(self.folder.identity)
@@ -134,7 +137,8 @@ class Run:
         return evaluate.How(
             metrics=wanted.metrics, max_new_tokens=wanted.max_new_tokens, batch_rows=wanted.batch_rows,
             micro_batch_tokens=self.identity.resolved["micro_batch_tokens"], asked=wanted.asked(),
-            objective=self.prepared.objective if self.prepared.recipe.objective.method != "sft" else None,
+            objective=self.prepared.objective if self.prepared.recipe.objective.rows != "answers" else None,
+            taught=taught.digest(self.folder.root / taught.FOLDER),
         )  # fmt: skip
 
     def judges_at(self, step: int, total: int) -> bool:
@@ -160,15 +164,22 @@ class Run:
             bars.setdefault(what, Progress(self.terminal, f"judging {whose}: {what}"))(done, of)
 
         judged = evaluate.judge(
-            policy, held_out, self.how(), adapter=adapter, progress=show, origin=self.origin() if adapter else None
-        )
+            policy, held_out, self.how(), adapter=adapter, progress=show,
+            origin=self.origin() if adapter or self.identity.teacher else None,
+        )  # fmt: skip
         scores.record(self.folder, name, judged, held_out)
         if known is not None:
             known.append((held_out, self.how(), judged))
 
-    def origin(self) -> list[float] | None:
-        """The reference's log-probabilities of the held-out texts, from the judgement before the first step."""
+    def origin(self) -> list[float] | Taught | None:
+        """What the held-out rows are compared with: the reference's log-probabilities of their texts, from the
+        judgement before the first step, or what the teacher said of them; None where that is not known."""
         held_out, objective = self.prepared.held_out, self.how().objective
+        if held_out is not None and self.identity.teacher and taught.is_one(self.folder.root / taught.FOLDER):
+            said = taught.read(self.folder.root / taught.FOLDER)
+            if not said.missing(held_out.examples):
+                return said
+            self.terminal.say("the teacher said nothing of some of these rows: teacher_kl is left out")
         if held_out is None or objective is None:
             return None
         return scores.log_probs(self.folder, held_out, repr(objective))

@@ -15,7 +15,7 @@ from finetune.runstory import Story, listed, number, part
 from finetune.terminal import clean, duration, size
 from finetune.webpage import safe, table, words
 
-_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "generation", "overhead")
+_PARTS = ("weights", "teacher", "adapter", "gradients", "optimizer", "activations", "head", "generation", "overhead")
 _KINDS = ("trained", "end", "frame", "read")
 ROWS = 200
 _NUMBERS = 20
@@ -49,6 +49,7 @@ def training(story: Story) -> str:
             ],
         ),
         *_judging(story),
+        *_teaching(story),
         Plot(title="learning rate", shown=short, series=[Series(label="", points=curves["learning_rate"])]),
         Plot(title="gradient norm", shown=short, smooth=True, series=[Series(label="", points=curves["grad_norm"])]),
         Plot(
@@ -91,6 +92,22 @@ def _judging(story: Story) -> list[Plot]:
         one("rewards right", "rewards/accuracies", "reward_accuracy"),
         two("rewards", "rewards"), two("log-probabilities", "logps"), one("KL: the zero point", "kl", ""),
     ]  # fmt: skip
+
+
+def _teaching(story: Story) -> list[Plot]:
+    """The curves of a run that learns from a teacher."""
+    curves = story.curves
+    if not curves["divergence"]:
+        return []
+    apart = [
+        Series(label="training", points=curves["divergence"]),
+        Series(label="held-out KL", points=story.at_steps("teacher_kl"), kind="second", dots=True),
+    ]
+    own = [Series(label="", points=curves["cross_entropy"])]
+    return [
+        Plot(title="divergence from the teacher", shown=short, smooth=True, zero=True, series=apart),
+        Plot(title="cross-entropy of the answers", shown=short, smooth=True, series=own),
+    ]
 
 
 def _numbers(story: Story) -> str:

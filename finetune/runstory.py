@@ -22,8 +22,9 @@ _LARGEST = 1e18
 CURVES = (
     "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory", "seconds", "tokens", "rewards/chosen",
     "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl",
+    "divergence", "cross_entropy",
 )  # fmt: skip
-"""The last seven are of objectives that learn from judged answers."""
+"""From the rewards on they are of objectives that learn from judged answers, the last two of a teacher's students."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,7 +168,7 @@ def metrics(scores: Mapping[str, Any]) -> list[str]:
     """The metrics of answers that are among the scores of several judgements, in the order of the recipe's words."""
     found = dict.fromkeys(key for values in scores.values() if isinstance(values, dict) for key in values)
     own = [key for key in found if key.startswith("command.") and key != "command."]
-    return [metric for metric in (*evals.ROWWISE, *evals.RANKED) if metric in found] + own[:_NAMED]
+    return [metric for metric in (*evals.ROWWISE, *evals.RANKED, *evals.TAUGHT) if metric in found] + own[:_NAMED]
 
 
 def interval(values: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
@@ -193,7 +193,7 @@ def table(scores: Mapping[str, Any]) -> list[str]:
         cells = ""
         for metric, (_, width) in zip(shown, heads, strict=True):
             span = interval(values, metric)
-            value = f"{values[metric]:.3f}" if metric in values else "-"
+            value = f"{values[metric]:.{4 if metric in evals.TAUGHT else 3}f}" if metric in values else "-"
             cells += f"{value:>{width}}{f'{span[0]:.3f} – {span[1]:.3f}' if span else '-':>18}"
         loss = f"{values['loss']:.4f}" if "loss" in values else "-"
         lines.append(f"{clean(name, 40):<12}{cells}{loss:>10}{values.get('rows', 0):>7}")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from finetune import evals, schedule
 from finetune.budget import BYTES, Load, Need, Pass
-from finetune.recipe.objective_keys import EXTRA_PASSES
 
 _EFFICIENCY_CARD = 0.45
 """Share of a card's matrix-product rate that a whole step reaches."""
@@ -101,7 +100,7 @@ def training_seconds(need: Need, layers: int, done: Work) -> float | None:
     if need.hardware.flops is None:
         return None
     found = parts(need, layers, done)
-    times = 1 + _FORWARD * EXTRA_PASSES.get(need.recipe.objective.method, 0)
+    times = 1 + _FORWARD * need.extra_passes
     if need.hardware.device != "cpu":
         return times * found["products"] / _EFFICIENCY_CARD
     times *= _WITHOUT_KERNELS if need.recipe.train.kernels == "off" else 1.0

@@ -49,12 +49,8 @@ def find(located: Located, fields: Mapping[str, Any]) -> Start | None:
     name = located.recipe.adapter.start_from
     if name is None:
         return None
-    folder, where = _folder(Path(name), located.where(KEY)), located.where(KEY)
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or not (folder / WEIGHTS).is_file():
-        raise ModelError(f"{CONFIG} or {WEIGHTS} is missing or damaged", str(folder), "train it again, or fetch it")
-    if faults := manifest.faults(folder) if (folder / manifest.NAME).is_file() else []:
-        raise ModelError(faults[0], str(folder), "train it again, or take it from a backup")
+    folder, where = adapter_folder(Path(name), located.where(KEY)), located.where(KEY)
+    config = whole(folder)
     if config.get("peft_type") != "LORA":
         what = f"{name} is an adapter of the method {config.get('peft_type')!r}"
         raise RecipeError(what, where, "begin from a LoRA adapter")
@@ -67,7 +63,17 @@ def find(located: Located, fields: Mapping[str, Any]) -> Start | None:
     )  # fmt: skip
 
 
-def _folder(path: Path, where: str) -> Path:
+def whole(folder: Path) -> dict[str, Any]:
+    """PEFT's config of an adapter's folder, none of whose files is damaged. Raises ModelError."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{CONFIG} or {WEIGHTS} is missing or damaged", str(folder), "train it again, or fetch it")
+    if faults := manifest.faults(folder) if (folder / manifest.NAME).is_file() else []:
+        raise ModelError(faults[0], str(folder), "train it again, or take it from a backup")
+    return config
+
+
+def adapter_folder(path: Path, where: str) -> Path:
     """The adapter's own folder. Raises RecipeError, ModelError."""
     if (path / CONFIG).is_file():
         return path

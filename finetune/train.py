@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from finetune import (
     schedule,
     starts,
     state,
+    teacher,
 )
 from finetune import optimizer as optimizers
 from finetune import peers as peers_of_job
@@ -164,6 +165,7 @@ def _steps(
     datasample.write(run.folder, run.samples, run.prepared.held_out, policy.renderer)
     pages = Pages(run.folder, terminal, total, start)
     pause = until if until is not None and until < total else None
+    teacher.keep(run, policy)
     run.judge(policy, "before", adapter=False)  # also on going on, where the scores were lost
     if start and (run.judges_at(start, total) or start == pause):  # killed between this checkpoint and its scores?
         run.judge(policy, ended.at_step(start))
@@ -218,7 +220,14 @@ def conclude(run: Run, policy: Policy, step: int, stopped: dict[str, Any] | None
 
 
 def attach(run: Run, base: Policy) -> Policy:
-    """The recipe's adapter on the base or a view of it: fresh, or with the weights that it begins from."""
+    """The recipe's adapter on the base or a view of it, and beside it the teacher that it learns from, if any."""
+    found = run.prepared.teacher
+    said = None if found is None else teacher.load(found, base, run.form(), run.terminal)
+    return replace(_attach(run, base), teacher=said)
+
+
+def _attach(run: Run, base: Policy) -> Policy:
+    """The adapter: fresh, or with the weights that it begins from."""
     wanted, fields = run.prepared.recipe.train, run.prepared.plan.adapter_fields
     method = run.prepared.recipe.adapter.method
     how: dict[str, Any] = {"kernels": wanted.kernels != "off", "compiled": wanted.compile is True}

@@ -23,7 +23,7 @@ _IS = {
     "labels": "this row says whether an answer is wanted",
 }  # fmt: skip
 _TRAINS = {
-    "answers": "objective sft trains on every answer", "pairs": "this objective trains on pairs",
+    "answers": "this objective trains on every answer", "pairs": "this objective trains on pairs",
     "labels": "objective kto trains on labels",
 }  # fmt: skip
 _SINGLE, _PAIRED = "train with objective.method: sft", "train with objective.method: dpo, orpo, simpo or reward"

@@ -119,6 +119,7 @@ def test_tests_mirror_the_package() -> None:
         "certify": "test_merge_run", "train": "test_run", "state": "test_run", "records": "test_datacheck",
         "adapter_file": "test_adapter_layout", "metrics": "test_run", "tokenizer": "test_base",
         "layouts": "test_convert", "unpickle": "test_pickles", "headers": "test_base", "fold": "test_merge",
+        "teacher": "objectives/test_distill", "taught": "objectives/test_distill",
         "whole": "test_trained", "gather": "test_dataset", "look": "test_datashow", "samples": "test_store",
         "messages": "formats/test_chat", "rowcheck": "test_conversation", "datacli": "test_datacheck",
         "card": "test_release", "shipcli": "test_cli", "export": "test_release", "upload": "test_push",

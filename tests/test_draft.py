@@ -73,7 +73,7 @@ def test_other_files(name: str, place: Path) -> None:
 def test_rows_that_judge_answers_are_refused(name: str, place: Path) -> None:
     said = finetune("init", f"data/samples/{name}.jsonl", "--model", "base")
     assert said.code == 3
-    assert "and objective sft trains on every answer; train with objective.method: " in said.err
+    assert "and this objective trains on every answer; train with objective.method: " in said.err
     assert not OUT.exists()
 
 

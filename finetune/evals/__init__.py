@@ -22,7 +22,9 @@ ROWWISE = (*ANSWERED, "multiple_choice")
 """Metrics that say something of each row's answer; of all of them more is better."""
 RANKED = ("preference_accuracy", "reward_accuracy", "reward_margin")
 """What ``loss`` measures beside itself where rows judge answers (preference.py); of these too more is better."""
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+TAUGHT = ("teacher_kl",)
+"""What it measures beside itself where a teacher said something of the rows (teacher_kl.py)."""
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", *TAUGHT})
 """Of every other score more is better."""
 
 

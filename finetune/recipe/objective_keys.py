@@ -18,9 +18,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "simpo": {"beta": 2.0, "gamma": 1.0},
     "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
     "reward": {"margin": 0.0, "centre_rewards_coefficient": 0.0},
-}
+    "distill": {
+        "teacher": None, "teacher_weights": "auto", "temperature": 1.0, "divergence": "forward_kl", "beta": None,
+        "alpha": 0.0,
+    },
+}  # fmt: skip
 """Method → its keys. Those of the papers: DPO, ORPO and KTO 0.1, SimPO 2 with a margin of half of it."""
-ROWS = {"sft": "answers", "dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels", "reward": "pairs"}
+ROWS = {
+    "sft": "answers", "dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels", "reward": "pairs",
+    "distill": "answers",
+}  # fmt: skip
 """Method → what it trains on."""
 SCORED = ("reward",)
 """Methods that train a score head, in place of the head over the vocabulary."""
@@ -36,11 +43,13 @@ point."""
 
 
 def scores(tree: dict[str, Any]) -> tuple[str, ...]:
-    """What the metric ``loss`` measures beside it, where rows judge answers."""
+    """What the metric ``loss`` measures beside it, where rows judge answers or a teacher does."""
     section = tree.get("objective", {})
     method = section.get("method", "sft") if isinstance(section, dict) else None
     if method in SCORED:
         return ("reward_accuracy", "reward_margin")
+    if method == "distill":
+        return ("teacher_kl",)
     return _SCORES.get(ROWS.get(method, ""), ()) if isinstance(method, str) else ()
 
 
@@ -56,6 +65,8 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(("objective", key), f"has no meaning with {method}", "remove it")
     if method == "dpo":
         yield from _smoothing(section)
+    if method == "distill":
+        yield from _teacher(section)
     train = tree.get("train")
     if method == "kto" and isinstance(train, dict) and train.get("examples_per_step") == 1:
         what = "kto takes its zero point from the other answers of a step"
@@ -63,7 +74,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _formats(tree, method)
     if method in SCORED:
         yield from _scored(tree, method)
-    if method != "sft":
+    if ROWS[method] != "answers":
         yield from _single_answers(tree, method)
         yield from _room(tree, method)
 
@@ -74,6 +85,17 @@ def _smoothing(section: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(at, f"has no meaning with the loss {loss}", "remove it, or take sigmoid or robust")
     if loss == "robust" and not share:
         yield Finding(at, "missing: robust corrects for a share of swapped pairs", "add it, or take sigmoid")
+
+
+def _teacher(section: dict[str, Any]) -> Iterator[Finding]:
+    if section.get("teacher") is None:
+        fix = "name a finished run, an adapter, a model, or what finetune teach wrote"
+        yield Finding(("objective", "teacher"), "missing: distill learns from a teacher", fix)
+    beta, divergence = _number(section.get("beta")), section.get("divergence", "forward_kl")
+    if beta is not None and divergence in ("forward_kl", "reverse_kl"):
+        yield Finding(("objective", "beta"), f"has no meaning with {divergence}", "remove it, or take divergence: jsd")
+    elif beta is not None and beta >= 1:
+        yield Finding(("objective", "beta"), f"must be below 1 with jsd; found {beta}", "1 is divergence: reverse_kl")
 
 
 def _formats(tree: dict[str, Any], method: str) -> Iterator[Finding]:
@@ -93,7 +115,9 @@ def _formats(tree: dict[str, Any], method: str) -> Iterator[Finding]:
         if rows in FORMATS and found not in FORMATS[rows]:
             yield Finding(at, f"{method} trains on {rows}, which {found} rows are not", f"use {FORMATS[rows][0]}")
         elif rows == "answers" and found in special:
-            yield Finding(at, f"sft trains on answers, and {found} rows judge them", "choose another objective.method")
+            yield Finding(
+                at, f"{method} trains on answers, and {found} rows judge them", "choose another objective.method"
+            )
 
 
 def _single_answers(tree: dict[str, Any], method: str) -> Iterator[Finding]:

@@ -29,7 +29,10 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
         yield from _model(model)
     adapter = tree.get("adapter")
     if isinstance(adapter, dict) and isinstance(start := adapter.get("start_from"), str):
-        yield from _start(start, tree.get("output"))
+        yield from _start(("adapter", "start_from"), start, tree.get("output"))
+    aim = tree.get("objective")
+    if isinstance(aim, dict) and isinstance(teacher := aim.get("teacher"), str):
+        yield from _start(("objective", "teacher"), teacher, tree.get("output"))
     data = tree.get("data")
     paths = data if isinstance(data, dict) else {}
     for key in ("train_path", "eval_path"):
@@ -99,17 +102,16 @@ def _rows(at: KeyPath, name: str) -> Iterator[Finding]:
         yield Finding(at, f"no such file: {shown(name)}", _near(name))
 
 
-def _start(name: str, output: object) -> Iterator[Finding]:
-    """A folder; whether it holds a finished run is asked where one is begun from it."""
-    at: KeyPath = ("adapter", "start_from")
+def _start(at: KeyPath, name: str, output: object) -> Iterator[Finding]:
+    """A folder; what it holds is asked where a run begins from it or learns from it."""
     if not name:
         yield Finding(at, "the path is empty", "name a finished run's folder")
     elif _URL.match(name):
-        yield Finding(at, "a URL is not accepted", "fetch the adapter first and name its folder here")
+        yield Finding(at, "a URL is not accepted", "fetch it first and name its folder here")
     elif any(_control(name)):
         yield Finding(at, f"holds a control character: {shown(name)}", "remove it")
     elif isinstance(output, str) and os.path.normpath(name) == os.path.normpath(output):
-        yield Finding(at, "is the run's own output", "name the run to begin from, and give this one another output")
+        yield Finding(at, "is the run's own output", "name another run, or give this one another output")
 
 
 def is_data_id(name: str) -> bool:

@@ -38,8 +38,10 @@ class Quantize(Section):
 class Objective(Section):
     """What is minimised, and that method's own keys; those of other methods are None."""
 
-    method: Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"] = Field(
-        default="sft", description="what is learned from: answers, pairs of a better and a worse one, or labels"
+    method: Literal["sft", "dpo", "orpo", "simpo", "kto", "reward", "distill"] = Field(
+        default="sft",
+        description="what is learned from: answers, pairs of a better and a worse one, labels, or a teacher's "
+        "distributions",
     )
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] | None = Field(
         default=None, description="dpo: what becomes of a pair's margin"
@@ -47,7 +49,7 @@ class Objective(Section):
     beta: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
         default=None,
         description="dpo, kto: how dear it is to leave the reference; simpo: the reward's scale; orpo: the weight of "
-        "the odds ratio",
+        "the odds ratio; distill with jsd: the teacher's share of the mixture",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] | None = Field(
         default=None, description="dpo: share of the pairs that are believed to be swapped"
@@ -70,6 +72,24 @@ class Objective(Section):
     centre_rewards_coefficient: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
         default=None, description="reward: weight of the squared sum of a pair's rewards, which keeps them around zero"
     )
+    teacher: str | None = Field(
+        default=None,
+        description="distill: a finished run or adapter, a model's folder, or what finetune teach wrote",
+    )
+    teacher_weights: Literal["auto", "nf4", "fp4", "int8", "bf16", "fp16", "fp32"] | None = Field(
+        default=None,
+        description="distill: number format of a teacher's own base; auto: the run's base where it is the same, else "
+        "as the teacher was trained, or quantize.weights",
+    )
+    temperature: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
+        default=None, description="distill: what both models' logits are divided by in the divergence"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] | None = Field(
+        default=None, description="distill: KL(teacher || model), KL(model || teacher), or generalised Jensen-Shannon"
+    )
+    alpha: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="distill: weight of the answers' cross-entropy; the divergence has the rest"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -81,6 +101,8 @@ class Objective(Section):
         defaults = dict(DEFAULTS.get(method, {})) if isinstance(method, str) else {}
         if given.get("loss") == "ipo":
             defaults["length_normalised"] = True
+        if given.get("divergence") == "jsd":
+            defaults["beta"] = 0.5
         return defaults | {key: value for key, value in given.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:

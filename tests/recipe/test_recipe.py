@@ -108,7 +108,7 @@ def test_list_of_keys_is_frozen() -> None:
         "adapter": adapter,
         "trainable_tokens": None,
         "objective": "method loss beta label_smoothing length_normalised gamma desirable_weight undesirable_weight "
-        "margin centre_rewards_coefficient",
+        "margin centre_rewards_coefficient teacher teacher_weights temperature divergence alpha",
         "data": "train_path sources eval_path eval_split eval_fraction format columns train_on thinking literal_tokens "
         "over_length",
         "train": train,

@@ -187,6 +187,36 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:1:1: objective.label_smoothing",
         "share of swapped pairs",
     ),
+    "distillation without a teacher": (
+        aimed("method: distill"),
+        "r.yaml:1:1: objective.teacher",
+        "learns from a teacher",
+    ),
+    "a mixture without effect": (
+        aimed("method: distill, teacher: t, beta: 0.5"),
+        "r.yaml:1:42: objective.beta",
+        "no meaning with forward_kl",
+    ),
+    "a mixture of one": (
+        aimed("method: distill, teacher: t, divergence: jsd, beta: 1.0"),
+        "r.yaml:1:59: objective.beta",
+        "1 is divergence: reverse_kl",
+    ),
+    "a divergence typo": (
+        aimed("method: distill, teacher: t, divergence: forward"),
+        "r.yaml:1:42: objective.divergence",
+        "mean 'forward_kl'?",
+    ),
+    "a teacher of preferences": (
+        aimed("method: orpo, teacher: t"),
+        "r.yaml:1:27: objective.teacher",
+        "no meaning with",
+    ),
+    "taught by the output": (
+        aimed("method: distill, teacher: runs/tiny"),
+        "r.yaml:1:30: objective.teacher",
+        "the run's own output",
+    ),
     "pairs from a format without": (
         aimed("method: dpo", swap("data:\n", "data:\n  format: chat\n")),
         "r.yaml:11:3: data.format",

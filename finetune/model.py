@@ -192,15 +192,16 @@ def load_base(
     base: Base, form: BaseForm, progress: Callable[[int, int], None] | None = None, change: Change | None = None
 ) -> Policy:
     """The base alone, ready to answer. Raises as ``loading.load``, whose ``progress`` and ``change`` these are."""
-    return _policy(base, loading.load(base, form, progress, change))
+    return policy_of(base, loading.load(base, form, progress, change))
 
 
 def stream_base(base: Base, form: BaseForm, change: Change | None = None) -> Policy:
     """The base alone, read layer by layer at each forward pass: for a machine that it does not fit."""
-    return _policy(base, loading.streamed(base, form, change))
+    return policy_of(base, loading.streamed(base, form, change))
 
 
-def _policy(base: Base, model: Any) -> Policy:
+def policy_of(base: Base, model: Any) -> Policy:
+    """A loaded base, ready to answer."""
     decoder_layer.fuse(model)  # also without an adapter, so that a model with and without one is computed alike
     tokenizer = tokenizers.of(base)
     renderer = Renderer(tokenizer, base.stop_token, piecewise=base.piecewise)

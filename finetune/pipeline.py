@@ -53,9 +53,12 @@ def init(data: str, out: Path, name: str | None, card: float | None, terminal: T
     return draft.begin(data, out, name, card, terminal, reading(terminal, "reading"))
 
 
-def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:
-    """Check everything and say what a run would do, here or on a card with ``card`` GB."""
-    return _say_plan(prepare.prepare_all(recipe, overrides, card=card, progress=reading(terminal, "reading")), terminal)
+def plan(
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None, processes: int = 1
+) -> Plan | JointPlan:
+    """Check everything and say what a run of so many processes would do, here or on a card with ``card`` GB."""
+    show = reading(terminal, "reading")
+    return _say_plan(prepare.prepare_all(recipe, overrides, card=card, progress=show, processes=processes), terminal)
 
 
 def _say_plan(prepared: Sequence[Prepared], terminal: Terminal) -> Plan | JointPlan:
@@ -90,7 +93,7 @@ def train(
     if group.rank:
         follow.follow(recipe, overrides, group)
         return []
-    prepared = _prepared(recipe, overrides, terminal, single=group.world > 1)
+    prepared = _prepared(recipe, overrides, terminal, group.world)
     group.barrier()
 
     if len(prepared) == 1:
@@ -110,14 +113,14 @@ def train(
     return folders
 
 
-def _prepared(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, single: bool) -> list[Prepared]:
-    """Every check, the base fetched where it is not here, and the plan said. ``single``: of one run alone."""
+def _prepared(recipe: Path, overrides: Sequence[str], terminal: Terminal, processes: int) -> list[Prepared]:
+    """Every check, the base fetched where it is not here, and the plan said; of one run alone for several processes."""
     show = reading(terminal, "reading")
-    prepared = prepare.prepare_all(recipe, overrides, progress=show)
+    prepared = prepare.prepare_all(recipe, overrides, progress=show, processes=processes)
     if prepared[0].base is None:
         source.bring(prepared[0].recipe.model, prepared[0].recipe.revision, terminal)
-        prepared = prepare.prepare_all(recipe, overrides, progress=show)
-    if single and len(prepared) > 1:
+        prepared = prepare.prepare_all(recipe, overrides, progress=show, processes=processes)
+    if processes > 1 and len(prepared) > 1:
         what = "several adapters are trained by one process"
         raise RecipeError(what, "--processes", "train one of them: --set adapters=NAME")
     _say_plan(prepared, terminal)
@@ -128,7 +131,7 @@ def launch(recipe: Path, overrides: Sequence[str], terminal: Terminal, order: Or
     """The same checks, once for all processes; then they are started, and the job's exit code returned."""
     from finetune import launch as launching
 
-    prepared = _prepared(recipe, overrides, Terminal(silent=True), single=True)
+    prepared = _prepared(recipe, overrides, Terminal(silent=True), order.processes)
     return launching.start(order, limit, RunFolder(Path(prepared[0].plan.output)).root, terminal)
 
 

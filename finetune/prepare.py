@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetune import (
     control_tokens,
@@ -82,23 +83,23 @@ class Prepared:
 
 def prepare(
     path: Path, overrides: Sequence[str] = (), *, training: bool = True, card: float | None = None,
-    machine: Hardware | None = None, progress: dataset.Progress = dataset.silent,
+    machine: Hardware | None = None, progress: dataset.Progress = dataset.silent, processes: int = 1,
 ) -> Prepared:  # fmt: skip
     """Check a recipe with everything it names; and, where it is to be trained, that memory and disk are large enough.
 
-    ``card``: GB of a CUDA card to plan for, instead of this machine; ``machine``: this one, where it was looked at
-    before. ``progress`` is told of rows read.
+    ``card``: GB of a CUDA card to plan for, instead of this machine; ``machine``: this one, looked at before.
+    ``progress`` is told of rows read. ``processes``: how many are to train it.
 
     Raises:
         RecipeError, DataError, ModelError, EnvironmentFault: what is wrong; nothing has been written.
     """
     machine = hardware.imagined(card) if card else machine or hardware.detect()
-    return _prepared(recipe.locate(path, overrides), machine, training, card, progress)
+    return _prepared(recipe.locate(path, overrides), machine, training, card, progress, processes=processes)
 
 
 def prepare_all(
     path: Path, overrides: Sequence[str] = (), *, card: float | None = None,
-    progress: dataset.Progress = dataset.silent,
+    progress: dataset.Progress = dataset.silent, processes: int = 1,
 ) -> list[Prepared]:  # fmt: skip
     """Check every run of a recipe, as ``prepare`` does; several are fitted into the machine together.
 
@@ -108,7 +109,9 @@ def prepare_all(
     runs = recipe.locate_all(path, overrides)
     if len(runs) > 1:
         joint_plan.refuse_unroutable(runs)
-    found = [_prepared(one, machine, True, card, progress, joint=len(runs) > 1) for one in runs]
+    found = [
+        _prepared(one, machine, True, card, progress, joint=len(runs) > 1, processes=processes) for one in runs
+    ]  # fmt: skip
     if len(found) == 1:
         return found
     names = [one.located.name for one in found]
@@ -122,15 +125,15 @@ def prepare_all(
 
 def _prepared(
     located: Located, machine: Hardware, training: bool, card: float | None, progress: dataset.Progress,
-    *, joint: bool = False,
+    *, joint: bool = False, processes: int = 1,
 ) -> Prepared:  # fmt: skip
     if training:
-        _refuse_place(located)
+        _refuse_place(located, processes)
     output = Path(located.recipe.output)
     remarks = devices.remarks(located.recipe.tracker, output.parent if joint else output) if training else []
     found = source.find(located.recipe.model, located.recipe.revision)
     if found is None:
-        return _by_numbers(located, machine, remarks, must_fit=card is not None)
+        return _by_numbers(located, machine, remarks, must_fit=card is not None, processes=processes)
     base = _inspect(located, found.folder)
     renderer = _renderer(located, base)
     gathered = gather.gather(located.recipe, renderer, progress)
@@ -141,6 +144,7 @@ def _prepared(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.own_head),
         notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks,
                *_may_end_early(located.recipe)],
+        processes=processes,
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
@@ -168,7 +172,7 @@ def _renderer(located: Located, base: Base) -> Renderer:
     return made
 
 
-def _refuse_place(located: Located) -> None:
+def _refuse_place(located: Located, processes: int) -> None:
     """What a run would only meet once it has begun: an output that is no folder, a missing package, no processors."""
     chosen = located.recipe
     output = Path(chosen.output)
@@ -181,6 +185,9 @@ def _refuse_place(located: Located) -> None:
     if chosen.train.workers > processors:
         what = f"{chosen.train.workers} processes on {processors} processors"
         raise EnvironmentFault(what, located.where("train.workers"), f"at most {processors} here")
+    if chosen.train.shard != "none" and processes == 1:
+        what = f"{chosen.train.shard} parts the base among several processes, and this is one"
+        raise RecipeError(what, located.where("train.shard"), "add --processes N, or set it to none")
 
 
 def _may_end_early(chosen: Recipe) -> list[str]:
@@ -213,8 +220,8 @@ def _refuse_long_answers(located: Located, base: Base, held_out: HeldOut | None)
         raise RecipeError(what, located.where("evaluate.max_new_tokens"), "lower it")
 
 
-def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, must_fit: bool) -> Prepared:
-    """A model that is not on the disk: the plan comes from committed config numbers, or from its config on the hub."""
+def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], **how: Any) -> Prepared:
+    """A model that is not on the disk: planned by its numbers; ``how`` as of ``plan.make``."""
     name, rope = located.recipe.model, located.recipe.rope
     known = known_models.find(name)
     if known is not None:
@@ -234,7 +241,7 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, mu
         "token counts, and so steps per epoch and time: they need the tokenizer",
         "whether the base has learned its template's control tokens: that is seen in the weights",
     )
-    made = plan.make(located, shape, machine, None, must_fit=must_fit, unchecked=unchecked, notes=notes)
+    made = plan.make(located, shape, machine, None, unchecked=unchecked, notes=notes, **how)
     return Prepared(
         located=located, hardware=machine, base=None, shape=shape, load=None, plan=made, commit=None, samples=None,
         held_out=None, start=starting.find(located, made.adapter_fields),

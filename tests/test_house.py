@@ -29,7 +29,8 @@ ROAD = [
     "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "generation", "metrics", "devices", "lockstep", "loop", "optimizer",
-    "peers", "checkpoint", "shared_base", "model", "methods", "beginning", "loading", "control_tokens", "tokenizer",
+    "peers", "allreduce", "checkpoint", "shared_base", "model", "methods", "beginning", "sharding", "loading",
+    "control_tokens", "tokenizer",
     "store", "samples", "window", "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles",
     "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip

@@ -113,8 +113,8 @@ def make(
     notes: Sequence[str] = (), unchecked: Sequence[str] = (), rows: dict[str, list[int]] | None = None,
     processes: int = 1,
 ) -> Plan:  # fmt: skip
-    """Resolve a recipe for one machine, or for each of several ``processes``. ``rows``: token ids whose rows are trained,
-    by the matrix's module name.
+    """Resolve a recipe for one machine, or each of ``processes``. ``rows``: token ids whose rows are trained, by the
+    matrix's module name.
 
     Raises:
         RecipeError: targets that match nothing, or a window beyond the model's positions.

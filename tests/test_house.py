@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "api", "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options",
-    "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
+    "api", "__main__", "jobtask", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli",
+    "options", "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
     "judgement", "harness", "predict", "rating", "bare", "unanswered", "doctor", "numerics", "adopt", "draft",

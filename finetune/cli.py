@@ -69,6 +69,12 @@ def plan(
         bool, typer.Option("--probe", help="load the model, take two steps and correct the prediction; writes nothing")
     ] = False,
     processes: Annotated[int, typer.Option("--processes", help="plan for each of so many", min=1, max=4096)] = 1,
+    fsdp_config: Annotated[
+        Path | None, typer.Option("--fsdp-config", help="write accelerate's settings of FSDP 2 for the plan too")
+    ] = None,
+    deepspeed_config: Annotated[
+        Path | None, typer.Option("--deepspeed-config", help="write DeepSpeed's settings of ZeRO-3 for the plan too")
+    ] = None,
 ) -> None:
     """Check a recipe, its data and its model, and say what a run would do and cost."""
     check_recipe(recipe, set_)
@@ -81,7 +87,8 @@ def plan(
     if probe:
         made = pipeline.probe(recipe, set_ or (), screen)
     else:
-        made = pipeline.plan(recipe, set_ or (), screen, card, processes).to_dict()
+        asked = {kind: path for kind, path in (("fsdp", fsdp_config), ("zero3", deepspeed_config)) if path is not None}
+        made = pipeline.plan(recipe, set_ or (), screen, card, processes, asked).to_dict()
     if as_json:
         print_json(made)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import engines as engine_files
 from finetune import prepare, scores, source
 from finetune.dataset import Reader, Source
 from finetune.errors import RecipeError
@@ -54,11 +55,15 @@ def init(data: str, out: Path, name: str | None, card: float | None, terminal: T
 
 
 def plan(
-    recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None, processes: int = 1
-) -> Plan | JointPlan:
-    """Check everything and say what a run of so many processes would do, here or on a card with ``card`` GB."""
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None, processes: int = 1,
+    engines: Mapping[str, Path] | None = None,
+) -> Plan | JointPlan:  # fmt: skip
+    """Check everything and say what a run would do, here or on a card of ``card`` GB. ``engines``: as of ``write``."""
     show = reading(terminal, "reading")
-    return _say_plan(prepare.prepare_all(recipe, overrides, card=card, progress=show, processes=processes), terminal)
+    prepared = prepare.prepare_all(recipe, overrides, card=card, progress=show, processes=processes)
+    if engines:
+        engine_files.write(engines, prepared[0], processes)
+    return _say_plan(prepared, terminal)
 
 
 def _say_plan(prepared: Sequence[Prepared], terminal: Terminal) -> Plan | JointPlan:
@@ -123,6 +128,10 @@ def _prepared(recipe: Path, overrides: Sequence[str], terminal: Terminal, proces
     if processes > 1 and len(prepared) > 1:
         what = "several adapters are trained by one process"
         raise RecipeError(what, "--processes", "train one of them: --set adapters=NAME")
+    if processes > 1:
+        from finetune import starts
+
+        starts.refuse_to_make(prepared[0].recipe.adapter.method, prepared[0].plan)
     _say_plan(prepared, terminal)
     return prepared
 

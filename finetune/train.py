@@ -232,9 +232,8 @@ def attach(run: Run, base: Policy) -> Policy:
     if not folder.is_dir() and any(run.folder.checkpoints.glob("step-*")):
         what, fix = "what this adapter began with is gone", "take it from a backup, or give another `output:`"
         raise ModelError(what, str(folder), fix)
-    if not folder.is_dir() and run.peers.world > 1:
-        what = f"{fields['init_lora_weights']} is made by one process, for all"
-        raise EnvironmentFault(what, str(folder), "take one process to step 1 (--until 1), then go on with several")
+    if run.peers.world > 1:
+        starts.refuse_to_make(method, run.prepared.plan)
     return starts.attach(folder, base, fields, wanted.seed, run.samples, **how)
 
 

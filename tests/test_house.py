@@ -23,7 +23,7 @@ ROAD = [
     "push", "upload", "release", "export", "seal", "card", "terms", "as_lora", "prove", "certify", "trained",
     "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
-    "comparepage", "compare", "runtable", "runview", "launch", "together", "follow", "train", "state",
+    "comparepage", "compare", "runtable", "runview", "engines", "launch", "together", "follow", "train", "state",
     "copies", "probe", "starts", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
     "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",

@@ -135,23 +135,20 @@ def make(
     kind = recipe.train.optimizer
     whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
     said = [f"PEFT says: {clean(one)}" for one in selection.said]
+    said += [f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32"] if selection.whole else []
     remarks = [*notes, *said, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device),
                *_aim(recipe), *_shards(need, processes)]  # fmt: skip
-    remarks += (
-        [f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32"] if selection.whole else []
-    )
     if memory.total > hardware.free_memory * budget.USABLE + memory.overhead:
         usable = (hardware.free_memory * budget.USABLE + memory.overhead) / 1e9
         what = f"needs about {memory.total / 1e9:.1f} GB, at most {usable:.1f} GB can be used here"
         if must_fit:
-            raise EnvironmentFault(what, f"memory of {hardware.name}", _smaller(recipe))
+            raise EnvironmentFault(what, f"memory of {hardware.name}", _smaller(recipe, processes))
         remarks.append(f"does not fit here: {what}")
     chosen = [index for step in steps for index in step] if steps and load else []
     tokens = sum(load.lengths[i] for i in chosen) if load else None
     remarks += shares(load, chosen) if load else []
     fields = targets.fields_of(recipe.adapter.method, dict(recipe.adapter.fields))
-    if rows:
-        fields["trainable_token_indices"] = rows
+    fields |= {"trainable_token_indices": rows} if rows else {}
     return Plan(
         model=recipe.model, family=shape.family, parameters=shape.parameters(),
         device=hardware.device, device_name=hardware.name,
@@ -204,8 +201,10 @@ def _longer(shape: DecoderShape, rope: str | None) -> str:
     return f"at most {shape.max_positions}{choice}"
 
 
-def _smaller(recipe: Recipe) -> str:
+def _smaller(recipe: Recipe, processes: int) -> str:
     """What takes less memory."""
+    if processes > 1 and recipe.train.shard == "none":
+        return "part the base among the processes: train.shard: fsdp"
     if recipe.train.micro_batch_tokens != "auto":
         return "lower train.micro_batch_tokens, or leave it at auto"
     packed = recipe.quantize.weights in ("nf4", "fp4")

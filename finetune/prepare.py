@@ -34,7 +34,6 @@ from finetune.dataset import Reader
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.evaluate import HeldOut
-from finetune.gather import Gathered
 from finetune.hardware import Hardware
 from finetune.objectives import Objective
 from finetune.plan import Plan
@@ -139,7 +138,7 @@ def _prepared(
     gathered = gather.gather(located.recipe, renderer, progress)
     _refuse_long_answers(located, base, gathered.held_out)
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
-    load = _load(located.recipe, gathered, len(renderer.tokenizer))
+    load = gather.load_of(located.recipe, gathered, len(renderer.tokenizer))
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.own_head),
         notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks,
@@ -281,26 +280,3 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
         fix = "fetch it: the tokenizer decides what is trained"
         raise ModelError("the model is not on this disk", located.recipe.model, fix)
     return located, _renderer(located, _inspect(located, found.folder))
-
-
-def _evaluated(held_out: HeldOut, metrics: Sequence[str]) -> int:
-    """Tokens that are read for the loss of the rows and of their options."""
-    samples = [*(held_out.examples if "loss" in metrics else ()), *(o for q in held_out.questions for o in q.options)]
-    return sum(len(example.ids) for example in samples)
-
-
-def _load(recipe: Recipe, gathered: Gathered, vocabulary: int) -> Load:
-    held_out, samples = gathered.held_out, gathered.samples
-    between = (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 0
-    prompts = [len(question.prompt) for question in held_out.questions] if held_out else []
-    return Load(
-        lengths=samples.lengths.tolist(),
-        supervised=samples.supervised.tolist(),
-        parts=samples.part_list(),
-        evaluations=2 + between if held_out else 0,
-        evaluated_tokens=_evaluated(held_out, recipe.evaluate.metrics) if held_out else 0,
-        generated_rows=len(prompts) if set(recipe.evaluate.metrics) & set(evals.ANSWERED) else 0,
-        prompt_tokens=sum(prompts),
-        longest_prompt=max(prompts, default=0),
-        vocabulary=vocabulary,
-    )

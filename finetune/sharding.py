@@ -68,15 +68,12 @@ def load(base: Base, form: BaseForm, world: int, progress: Callable[[int, int], 
 def _skeleton(base: Base, form: BaseForm, dtype: torch.dtype) -> Any:
     """The model without a number in it, its linears of the kind that will hold them."""
     from accelerate import init_empty_weights
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.quantizers.auto import AutoHfQuantizer
 
     config = loading.library_config(base)
     attention = logn.register() if base.config.get("logn_from") else "sdpa"
     with init_empty_weights():
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(
-            config, attn_implementation=attention, dtype=dtype
-        )
+        model = loading.class_of(base, config)._from_config(config, attn_implementation=attention, dtype=dtype)
     model.eval()
     wanted = loading.quantization(form)
     if wanted is not None:

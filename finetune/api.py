@@ -192,7 +192,7 @@ def export(
     from finetune import pipeline
 
     how = {"target": target, "quantise": quantize, "adapter_only": adapter_only}
-    return pipeline.export(Path(run), Path(out), to, _screen(progress), **how)  # type: ignore[arg-type]
+    return pipeline.export(Path(run), Path(out), to, _screen(progress), **how)
 
 
 def verify(release: PathLike, *, key: PathLike | None = None) -> list[str]:

@@ -92,19 +92,28 @@ class Load:
     """Entries of the tokenizer; 0: as many as the model has rows."""
 
 
-def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape, device: str) -> int:
-    """Bytes of the frozen base: the linears in their number format, everything else in the compute dtype."""
+_IN_FLIGHT = 3
+"""Layers that are whole at once where the rest is in shards: the one in use, and the next one twice while it is
+gathered, in the buffer that arrives and in its own place."""
+
+
+def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape, device: str, shards: int = 1) -> int:
+    """Bytes of the frozen base: the linears in their number format, everything else in the compute dtype.
+
+    ``shards``: processes that hold the layers' linears together. Scales of packed ones stay whole.
+    """
     linear = shape.linear_parameters()
     rest = shape.parameters() - linear
     if weights in ("nf4", "fp4"):
         # Per 64 weights one scale: fp32, or 8 bits and one fp32 per 256 scales (Dettmers et al. 2023, section 3), which
         # loading decodes on a CPU.
-        per_weight = 0.5 + (1 / 64 + 4 / (64 * 256) if double and device != "cpu" else 4 / 64)
+        per_weight, scale = 0.5, 1 / 64 + 4 / (64 * 256) if double and device != "cpu" else 4 / 64
     elif weights == "int8":
-        per_weight = 1.0 + 4 / shape.hidden
+        per_weight, scale = 1.0, 4 / shape.hidden
     else:
-        per_weight = float(BYTES[compute])
-    return int(linear * per_weight + rest * BYTES[compute])
+        per_weight, scale = float(BYTES[compute]), 0.0
+    held = 1.0 if shards == 1 else min(1.0, 1 / shards + _IN_FLIGHT / shape.layers)
+    return int(linear * (per_weight * held + scale) + rest * BYTES[compute])
 
 
 def layer_bytes(shape: DecoderShape, compute: str, *, kernels: bool, device: str, longest: int) -> tuple[int, int]:
@@ -205,6 +214,8 @@ class Need:
     tensors: Sequence[Tensors]
     load: Load | None
     beside: Beside | None = None
+    shards: int = 1
+    """Processes that hold the layers together."""
 
     @property
     def extra_passes(self) -> float:
@@ -243,7 +254,9 @@ class Need:
         quantize, kind = self.recipe.quantize, self.recipe.train.optimizer
         trained = [one for one in self.tensors if optimizer.is_trained(kind, one.role)]
         return Budget(
-            weights=weight_bytes(quantize.weights, quantize.double, self.compute, self.shape, self.hardware.device),
+            weights=weight_bytes(
+                quantize.weights, quantize.double, self.compute, self.shape, self.hardware.device, self.shards
+            ),
             # What a run began from stays known beside what it becomes.
             adapter=(8 if self.recipe.adapter.start_from else 4) * sum(one.parameters for one in self.tensors),
             gradients=4 * sum(one.parameters for one in trained),

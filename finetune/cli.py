@@ -68,18 +68,27 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="load the model, take two steps and correct the prediction; writes nothing")
     ] = False,
+    processes: Annotated[int, typer.Option("--processes", help="plan for each of so many", min=1, max=4096)] = 1,
+    fsdp_config: Annotated[
+        Path | None, typer.Option("--fsdp-config", help="write accelerate's settings of FSDP 2 for the plan too")
+    ] = None,
+    deepspeed_config: Annotated[
+        Path | None, typer.Option("--deepspeed-config", help="write DeepSpeed's settings of ZeRO-3 for the plan too")
+    ] = None,
 ) -> None:
     """Check a recipe, its data and its model, and say what a run would do and cost."""
     check_recipe(recipe, set_)
     from finetune import pipeline
 
     screen = terminal(quiet=quiet, as_json=as_json)
-    if probe and card:
-        raise typer.BadParameter("two steps can be taken on this machine alone: leave --card out", param_hint="--probe")
+    if probe and (card or processes > 1):
+        what = "two steps can be taken on this machine alone, by one process: leave --card and --processes out"
+        raise typer.BadParameter(what, param_hint="--probe")
     if probe:
         made = pipeline.probe(recipe, set_ or (), screen)
     else:
-        made = pipeline.plan(recipe, set_ or (), screen, card).to_dict()
+        asked = {kind: path for kind, path in (("fsdp", fsdp_config), ("zero3", deepspeed_config)) if path is not None}
+        made = pipeline.plan(recipe, set_ or (), screen, card, processes, asked).to_dict()
     if as_json:
         print_json(made)
 
@@ -221,6 +230,8 @@ def _quiet_libraries() -> None:
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # lengths are judged here
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs what it raises
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Nothing is written into a layer's output; it would end in an error, since its weights stayed in shards.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _flushed(code: int) -> int:

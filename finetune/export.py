@@ -20,6 +20,17 @@ from finetune.terminal import Terminal
 from finetune.trained import Trained
 
 
+def export(
+    run: Path, out: Path, to: str, terminal: Terminal, *, target: str, quantise: str | None, adapter_only: bool
+) -> dict[str, Any]:
+    """One of the three below, by its name: "adapter", "gguf" or "ollama"."""
+    if to == "adapter":
+        return adapter_for(run, out, target, terminal)
+    if to == "gguf":
+        return gguf_for(run, out, quantise, terminal, adapter_only=adapter_only)
+    return ollama_for(run, out, quantise, terminal)
+
+
 def adapter_for(run: Path, out: Path, target: str, terminal: Terminal) -> dict[str, Any]:
     """Write the adapter for ``target`` (peft or vllm) into the new folder ``out``; → its digests and what to type.
 

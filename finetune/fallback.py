@@ -8,7 +8,7 @@ applied, and its samples and noise are functions of its number. A resumed run fi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ def at(resolved: dict[str, Any], step: int, total: int) -> tuple[Setting, int]:
 
 def steps(
     run: Run, policy: Policy, course: Course, optimizer: torch.optim.Optimizer, start: int, scaler: Any
-) -> Iterator[StepDone]:
+) -> Generator[StepDone]:
     """``loop.run`` of a run's course, each step under its setting, lighter ones where memory runs out.
 
     Raises:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import dataset, heldout, hubdata, manifest, store, window
+from finetune import dataset, evals, heldout, hubdata, manifest, store, window
+from finetune.budget import Load
 from finetune.dataset import Reader, Row, Source
 from finetune.errors import DataError, Fault
 from finetune.evaluate import HeldOut
@@ -184,3 +185,27 @@ def read_only(recipe: Recipe) -> None:
     for source in [*training_sources(recipe), *([judging] if judging else [])]:
         if not source.on_hub:  # nothing is fetched for a model that is not here
             dataset.read_rows(Reader(source), ())
+
+
+def _evaluated(held_out: HeldOut, metrics: Sequence[str]) -> int:
+    """Tokens that are read for the loss of the rows and of their options."""
+    samples = [*(held_out.examples if "loss" in metrics else ()), *(o for q in held_out.questions for o in q.options)]
+    return sum(len(example.ids) for example in samples)
+
+
+def load_of(recipe: Recipe, gathered: Gathered, vocabulary: int) -> Load:
+    """What of the rows decides a run's memory and time. ``vocabulary``: entries of the tokenizer."""
+    held_out, samples = gathered.held_out, gathered.samples
+    between = (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 0
+    prompts = [len(question.prompt) for question in held_out.questions] if held_out else []
+    return Load(
+        lengths=samples.lengths.tolist(),
+        supervised=samples.supervised.tolist(),
+        parts=samples.part_list(),
+        evaluations=2 + between if held_out else 0,
+        evaluated_tokens=_evaluated(held_out, recipe.evaluate.metrics) if held_out else 0,
+        generated_rows=len(prompts) if set(recipe.evaluate.metrics) & set(evals.ANSWERED) else 0,
+        prompt_tokens=sum(prompts),
+        longest_prompt=max(prompts, default=0),
+        vocabulary=vocabulary,
+    )

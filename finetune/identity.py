@@ -16,7 +16,9 @@ from finetune.runfolder import read_json, write_json
 LENGTHS = ("train.steps", "train.epochs")
 _LONGER = (*LENGTHS, "evaluate.early_stopping_patience")
 """What may change where a run is lengthened; ``run`` says whether it is longer by it."""
-_FREE = ("tracker", "output", "train.workers", "train.copy_to", "adapter.start_from", "objective.teacher")
+_FREE = (
+    "tracker", "output", "train.workers", "train.copy_to", "train.shard", "adapter.start_from", "objective.teacher",
+)  # fmt: skip
 """What may change between two parts of a run: no number of the result hangs on it, and a folder may have moved. What an
 adapter to begin from or a teacher holds is compared by its digest."""
 

@@ -31,8 +31,10 @@ class Place:
     local_rank: int
 
 
-def find(asked: int | None, variables: Mapping[str, str] = os.environ) -> Place | None:
+def find(asked: int | None, variables: Mapping[str, str] = os.environ, *, shard: str = "none") -> Place | None:
     """This process's place in a job of ``asked`` processes; None where it is alone.
+
+    ``shard``: the recipe's word for what each process holds.
 
     Raises:
         EnvironmentFault: the launcher has started another number of processes, or set up what is not done here.
@@ -45,9 +47,15 @@ def find(asked: int | None, variables: Mapping[str, str] = os.environ) -> Place 
             raise EnvironmentFault(what, form[0], f"add --world {started}; or {_ALONE}")
         return None
     for name, kind in _SHARDING.items():
-        if variables.get(name, "").lower() in ("1", "true", "yes"):
+        if variables.get(name, "").lower() not in ("1", "true", "yes"):
+            continue
+        if (kind, shard) != ("FSDP", "fsdp"):
             what = f"the launcher is set up for {kind}, and every process here holds the whole model"
-            raise EnvironmentFault(what, name, "launch without it: see docs/scale.md")
+            fix = "set train.shard: fsdp, or launch without it" if kind == "FSDP" else "launch without it"
+            raise EnvironmentFault(what, name, f"{fix}: see docs/scale.md")
+        if variables.get("FSDP_VERSION", "1") != "2":
+            what = f"the launcher is set up for FSDP {variables.get('FSDP_VERSION', '1')}, and train.shard is FSDP 2"
+            raise EnvironmentFault(what, "FSDP_VERSION", "set fsdp_version: 2")
     if started != asked:
         what = f"{asked} processes were asked for, and the launcher has started {started}"
         raise EnvironmentFault(what, f"--world, {form[0]}", "mend the launcher's settings; nothing was begun")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -57,7 +59,7 @@ class Order:
                 "accelerate", "launch", *settings, f"--num_processes={self.processes}",
                 f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no", *own,
             ]  # fmt: skip
-        return [sys.executable, *own]
+        return [sys.executable, "-m", "finetune.jobtask", *own[2:]]
 
 
 def start(order: Order, limit: TimeLimit | None, folder: Path, terminal: Terminal) -> int:
@@ -120,8 +122,8 @@ def verdict(codes: dict[int, int]) -> int:
         return max(told)
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     if killed:
-        rank, signal = next(iter(killed.items()))
-        raise Interrupted(f"process {rank} of the job was killed (signal {signal})", fix=_GO_ON)
+        rank, number = next(iter(killed.items()))
+        raise Interrupted(f"process {rank} of the job was killed (signal {number})", fix=_GO_ON)
     return 0
 
 
@@ -135,7 +137,7 @@ def _free_port() -> int:
 
 
 def _slurm(order: Order, command: Sequence[str], folder: Path, terminal: Terminal) -> int:
-    """Submit one job of so many tasks, or with ``cluster=local`` run it here and wait."""
+    """Submit one job of so many tasks, or with ``cluster=local`` run it here and wait (decision 0024)."""
     if find_spec("submitit") is None:
         raise EnvironmentFault(
             "the package submitit is not installed", "--launch slurm", 'pip install "finetune-qwen[slurm]"'
@@ -144,23 +146,41 @@ def _slurm(order: Order, command: Sequence[str], folder: Path, terminal: Termina
 
     wanted = dict(_settings(order.job))
     cluster = wanted.pop("cluster", "slurm")
-    logs = user_cache() / "jobs" / folder.name
     nodes = int(wanted.get("nodes", 1))
     if order.processes % nodes:
         raise EnvironmentFault(
             f"{order.processes} processes do not divide into {nodes} nodes", "--job nodes", "mend one"
         )
+    logs = _own_folder(user_cache() / "jobs" / folder.name)
     try:
         executor = submitit.AutoExecutor(folder=str(logs), cluster=cluster)
         executor.update_parameters(name=folder.name, tasks_per_node=order.processes // nodes, **wanted)
-        submitted = executor.submit(task, list(command))
+        # All that its pickle holds is this list of words; no file of submitit's is read here.
+        submitted = executor.submit(submitit.helpers.CommandFunction(list(command)))
     except Exception as error:  # noqa: BLE001 — submitit tells what Slurm refuses by errors of many kinds
         raise EnvironmentFault(f"no job could be submitted: {error}", "--launch slurm", "mend --job") from None
     terminal.say(f"job {submitted.job_id}: logs in {logs}")
     if cluster != "local":
         return 0
     submitted.wait()
-    return verdict(dict(enumerate(_codes(submitted))))
+    codes = (logs / f"{submitted.job_id}_{rank}_code" for rank in range(order.processes))
+    return verdict({rank: _ended_task(path) for rank, path in enumerate(codes)})
+
+
+def _ended_task(kept: Path) -> int:
+    """The exit code that a task has kept; one that kept none was killed."""
+    return int(kept.read_text()) if kept.exists() else -signal.SIGKILL
+
+
+def _own_folder(folder: Path) -> Path:
+    """A folder in which nobody else can write: a job runs what lies in it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in (folder, folder.parent):
+        found = one.stat()
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            what, fix = "others can write into this folder, and a job runs what lies in it", "chmod go-w, or remove it"
+            raise EnvironmentFault(what, str(one), fix)
+    return folder
 
 
 def _settings(words: Iterable[str]) -> Iterable[tuple[str, Any]]:
@@ -169,19 +189,3 @@ def _settings(words: Iterable[str]) -> Iterable[tuple[str, Any]]:
         if not equals or not key:
             raise EnvironmentFault("must look like key=value", f"--job {word}", "see docs/scale.md")
         yield key, int(value) if value.isdecimal() else value
-
-
-def _codes(submitted: Any) -> Iterable[int]:
-    for number in range(submitted.num_tasks):
-        try:
-            yield int(submitted.task(number).result())
-        except Exception:  # noqa: BLE001 — a task without a result was killed
-            yield -9
-
-
-def task(command: list[str]) -> int:
-    """One task of a job: its place in submitit's words becomes torch's, and the command runs in it."""
-    import submitit
-
-    submitit.helpers.TorchDistributedEnvironment().export()
-    return subprocess.call(command)

@@ -48,6 +48,7 @@ class Source:
         change: Change | None = None,
     ) -> None:  # fmt: skip
         self._reader, self._base, self._dtype, self._progress, self._change = reader, base, dtype, progress, change
+        self.folder = base.folder
         self._total, self._done = sum(tensor.bytes for tensor in base.tensors.values()), 0
         self._faults: list[Fault] = []
         self._lock = threading.Lock()  # the loader reads from several threads
@@ -117,7 +118,6 @@ def load(
         ModelError: tensors missing, of another shape, or not finite.
         EnvironmentFault: the device's memory is too small.
     """
-    from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -125,13 +125,13 @@ def load(
     with Reader(base) as reader:
         source = Source(reader, base, dtype, progress, change)
         try:
-            config = _config(base)
-            model, report = _class_of(base, config).from_pretrained(
+            config = library_config(base)
+            model, report = class_of(base, config).from_pretrained(
                 None,
                 config=config,
                 state_dict=source.tensors(),
                 dtype=dtype,
-                quantization_config=_quantization(form),
+                quantization_config=quantization(form),
                 device_map={"": form.device},
                 attn_implementation=logn.register() if base.config.get("logn_from") else "sdpa",
                 output_loading_info=True,
@@ -150,14 +150,21 @@ def load(
         model = model.to(DTYPES[form.compute])
     model.requires_grad_(False)
     frozen_linear.freeze(model)
+    settle(model, base)
+    return model
+
+
+def settle(model: Any, base: Base) -> None:
+    """What is said of a loaded model beside its weights."""
+    from transformers import GenerationConfig
+
     model.config.use_cache = False
     model.name_or_path = str(base.folder)  # where PEFT looks for the base's name
     model.generation_config = GenerationConfig(**layouts.generation(base))
     hardware.trim()
-    return model
 
 
-def _class_of(base: Base, config: Any) -> Any:
+def class_of(base: Base, config: Any) -> Any:
     """The library's class of the model, with the head that the base has."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -165,7 +172,7 @@ def _class_of(base: Base, config: Any) -> Any:
     return kinds[type(config)]
 
 
-def _config(base: Base) -> Any:
+def library_config(base: Base) -> Any:
     """The library's own config of a base. Raises ModelError with what it does not accept."""
     from transformers import AutoConfig
 
@@ -183,10 +190,10 @@ def streamed(base: Base, form: BaseForm, change: Change | None = None) -> Any:
     """
     from accelerate import init_empty_weights
 
-    config = _config(base)
+    config = library_config(base)
     attention = logn.register() if base.config.get("logn_from") else "sdpa"
     with init_empty_weights():
-        model = _class_of(base, config)._from_config(config, attn_implementation=attention)
+        model = class_of(base, config)._from_config(config, attn_implementation=attention)
     reader = Reader(base)
     weakref.finalize(model, reader.close)
     head = model.score if base.shape.scored else model.lm_head
@@ -228,7 +235,7 @@ def _emptied(unit: torch.nn.Module, inputs: Any, output: Any) -> None:
         setattr(unit.get_submodule(owner), last, torch.nn.Parameter(empty, requires_grad=False))
 
 
-def _quantization(form: BaseForm) -> Any:
+def quantization(form: BaseForm) -> Any:
     from transformers import BitsAndBytesConfig
 
     if form.weights in ("nf4", "fp4"):
@@ -241,6 +248,16 @@ def _quantization(form: BaseForm) -> Any:
         config.quant_method = _own_codec()
         return config
     return BitsAndBytesConfig(load_in_8bit=True) if form.weights == "int8" else None
+
+
+def pack(weight: torch.Tensor, layer: Any) -> Any:
+    """A weight [out, in], on its device and in the compute dtype, as the parameter of a 4-bit linear that is empty."""
+    empty = layer.weight
+    double, blocksize = empty.compress_statistics, empty.blocksize
+    packed = four_bit.quantize(weight, empty.quant_type, double=double, blocksize=blocksize)
+    if weight.device.type == "cpu":  # decoding the scales twice a step is 4 % of a small model's time
+        packed = packed.with_decoded_scales()
+    return four_bit.parameter(packed, layer)
 
 
 @functools.cache
@@ -261,13 +278,8 @@ def _own_codec() -> str:
         def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **__: Any) -> dict[str, Any]:
             made = {}
             for name, value in input_dict.items():
-                weight = value[0] if isinstance(value, list) else value
-                layer, empty = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
-                double, blocksize = empty.compress_statistics, empty.blocksize
-                packed = four_bit.quantize(weight, empty.quant_type, double=double, blocksize=blocksize)
-                if weight.device.type == "cpu":  # decoding the scales twice a step is 4 % of a small model's time
-                    packed = packed.with_decoded_scales()
-                made[name] = four_bit.parameter(packed, layer)
+                layer = model.get_submodule(name.rpartition(".")[0])
+                made[name] = pack(value[0] if isinstance(value, list) else value, layer)
                 layer._is_hf_initialized = True  # the loader's mark: do not fill it at random
             return made
 

@@ -7,9 +7,10 @@ which rate, which dropout noise), so that starting at step s gives the bits that
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,7 @@ class _StepBatches(torch.utils.data.Dataset[Any]):
 
 def step_batches(
     examples: Sequence[Example], course: Course, objective: Objective, start: int
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """Each step's micro-batches, from step ``start`` on; those of the next step are fetched while one is computed."""
     data = _StepBatches(examples, course, objective)
     loader = torch.utils.data.DataLoader(
@@ -100,7 +101,7 @@ def step_batches(
         return _one_ahead(iter(loader))
 
 
-def _one_ahead(feed: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+def _one_ahead(feed: Iterator[list[Batch]]) -> Generator[list[Batch]]:
     with ThreadPoolExecutor(max_workers=1) as fetcher:
         coming = fetcher.submit(next, feed, None)
         while (batches := coming.result()) is not None:
@@ -118,7 +119,7 @@ def run(
     scaler: torch.amp.GradScaler | None = None,
     on_micro_batch: Callable[[int, int], None] = lambda done, of: None,
     peers: Peers = ALONE,
-) -> Iterator[StepDone]:
+) -> Generator[StepDone]:
     """Train from step ``start`` to the end of the course, yielding after every optimizer step.
 
     ``peers``: who computes the step's other micro-batches.
@@ -128,26 +129,28 @@ def run(
         Interrupted: one of the peers is gone.
     """
     policy.model.train()
-    fetched = step_batches(examples, course, objective, start)
-    for step in range(start, len(course.steps)):
-        began = time.perf_counter()
-        batches = next(fetched)
-        waited = time.perf_counter() - began
-        batches = objective.begin(policy, batches)
-        count = sum(batch.count for batch in batches)
-        told: dict[int, tuple[float, Tallies]] = {}
-        for number, batch in peers.share(batches):
-            torch.manual_seed(course.noise_seed(step, number))
-            result = objective.loss(policy, batch.to(policy.device))
-            stop_if_not_finite(result.total, "loss", step, batch.rows)
-            scaled = result.total / count
-            (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
-            told[number] = result.total.item(), result.tallies
-            on_micro_batch(number + 1, len(batches))
-        told = peers.gather(told, list(policy.trainable().values()))
-        loss = sum(total for total, _ in told.values()) / count
-        done = end_step(policy, course, optimizer, scaler, step, batches, loss, began, waited)
-        yield replace(done, figures=objectives.averaged([tallies for _, tallies in told.values()]))
+    parameters = list(policy.trainable().values())
+    with contextlib.closing(step_batches(examples, course, objective, start)) as fetched:
+        for step in range(start, len(course.steps)):
+            began = time.perf_counter()
+            batches = next(fetched)
+            waited = time.perf_counter() - began
+            batches = objective.begin(policy, batches, peers.each)
+            count = sum(batch.count for batch in batches)
+            told: dict[int, tuple[float, Tallies]] = {}
+            for number, batch in peers.share(batches):
+                torch.manual_seed(course.noise_seed(step, number))
+                result = objective.loss(policy, batch.to(policy.device))
+                stop_if_not_finite(result.total, "loss", step, batch.rows)
+                scaled = result.total / count
+                (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
+                told[number] = result.total.item(), result.tallies
+                on_micro_batch(number + 1, len(batches))
+            peers.keep_up(batches, lambda batch: objective.loss(policy, batch.to(policy.device)).total, parameters)
+            told = peers.gather(told, parameters)
+            loss = sum(total for total, _ in told.values()) / count
+            done = end_step(policy, course, optimizer, scaler, step, batches, loss, began, waited)
+            yield replace(done, figures=objectives.averaged([tallies for _, tallies in told.values()]))
 
 
 def end_step(

@@ -146,7 +146,7 @@ class Policy:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         stops, drawn = self.stop_ids(), sampling.processors(range(len(prompts)) if numbers is None else numbers)
         dense = frozen_linear.held_dense(self.model) if ids.device.type == "cpu" else contextlib.nullcontext()
-        with dense, _contiguous_input(self.head):
+        with dense, frozen_linear.contiguous_input(self.head):
             out = self.causal_lm.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
                 eos_token_id=stops, pad_token_id=pad, temperature=None, top_p=None, top_k=None, streamer=streamer,
@@ -168,18 +168,6 @@ def _until(ids: list[int], stops: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _contiguous_input(head: torch.nn.Module) -> Iterator[None]:
-    """The last position of every prompt is a strided view, for which torch on a CPU multiplies row by row with a copy
-    of the whole head each: 50 rows of a 49k vocabulary copied 2.8 GB.
-    """
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
 def _attention(model: Any, name: str) -> Iterator[None]:
     """Packed passes use the varlen kernel; generation keeps the attention that the model was loaded with."""
     before = model.config._attn_implementation
@@ -194,15 +182,16 @@ def load_base(
     base: Base, form: BaseForm, progress: Callable[[int, int], None] | None = None, change: Change | None = None
 ) -> Policy:
     """The base alone, ready to answer. Raises as ``loading.load``, whose ``progress`` and ``change`` these are."""
-    return _policy(base, loading.load(base, form, progress, change))
+    return policy_of(base, loading.load(base, form, progress, change))
 
 
 def stream_base(base: Base, form: BaseForm, change: Change | None = None) -> Policy:
     """The base alone, read layer by layer at each forward pass: for a machine that it does not fit."""
-    return _policy(base, loading.streamed(base, form, change))
+    return policy_of(base, loading.streamed(base, form, change))
 
 
-def _policy(base: Base, model: Any) -> Policy:
+def policy_of(base: Base, model: Any) -> Policy:
+    """A loaded base, ready to answer."""
     decoder_layer.fuse(model)  # also without an adapter, so that a model with and without one is computed alike
     tokenizer = tokenizers.of(base)
     renderer = Renderer(tokenizer, base.stop_token, piecewise=base.piecewise)

@@ -9,11 +9,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.terminal import Terminal
+
+if TYPE_CHECKING:
+    from finetune.recipe import Located
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Overrides = Annotated[
@@ -29,11 +32,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress; with --j
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
 
-def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> None:
+def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> list[Located]:
     """Refuse a faulty recipe, of one run or of several, before torch is imported."""
     from finetune import recipe as recipes
 
-    recipes.locate_all(recipe, overrides or ())
+    return recipes.locate_all(recipe, overrides or ())
 
 
 def seconds(text: str, option: str) -> float:

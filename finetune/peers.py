@@ -18,18 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from finetune import allreduce, schedule
 from finetune.errors import EnvironmentFault, Interrupted, ModelError
 
 if TYPE_CHECKING:
     from finetune.jobplace import Place
 
-STEP, COMPARE, OVER = 1, 2, 3
+STEP, COMPARE, OVER, PASS = 1, 2, 3, 4
 """What the first process says that comes next."""
 _PATIENCE = timedelta(days=7)
 """How long the others wait while the first one judges or writes. One that dies is noticed at once, by its socket."""
-_BUCKET = 64 * 1024 * 1024
-"""Numbers of the gradient that are summed in one piece."""
-
 _SOURCE = re.compile(r"^\[\S+:\d+\] ")
 """Where in gloo's own source an error was made."""
 
@@ -46,12 +44,25 @@ class Peers:
     """One process alone: nothing is shared and nobody is asked."""
 
     rank, world, local_rank = 0, 1, 0
+    sharded = False
+    """Whether the processes hold shards of one base, so that each pass of one is a pass of all."""
+    in_step = in_pass = False
+    """Whether this process is within a step, or within a pass that it has announced."""
     stopping: Callable[[], bool] = staticmethod(lambda: False)
-    """Whether this process was asked to stop, which the first one hears of in the next step."""
+    """Whether this process was asked to stop, which all hear of in the next step."""
 
     def share(self, batches: Sequence[Any]) -> Iterable[tuple[int, Any]]:
         """Those of a step's micro-batches that this process computes, each with its number in the step."""
         return enumerate(batches)
+
+    def each(self, batches: Sequence[Any], find: Callable[[Any], float]) -> list[float]:
+        """A number of every batch, in their order. Raises as ``gather``."""
+        return [find(batch) for batch in batches]
+
+    def keep_up(
+        self, batches: Sequence[Any], loss: Callable[[Any], torch.Tensor], parameters: Sequence[torch.nn.Parameter]
+    ) -> None:
+        """After the own share: take part in the passes that others with more still make, and keep nothing of it."""
 
     def gather(self, results: dict[int, Any], parameters: Sequence[torch.nn.Parameter]) -> dict[int, Any]:
         """Sum the parameters' gradients over all processes; every process's results by number, in their order.
@@ -70,6 +81,8 @@ class Peers:
 
     def over(self) -> None:
         """The first process: the others may leave, those that are still there."""
+        if self.sharded and (self.in_step or self.in_pass):
+            return  # they are in the middle of a pass: they end when this process does
         with contextlib.suppress(PeerLost):
             self.say(OVER)
 
@@ -91,6 +104,10 @@ class Peers:
         """Whether another process was asked to stop, as of the last step."""
         return False
 
+    def noticing(self) -> contextlib.AbstractContextManager[None]:
+        """Where passes wait for shards of the others: one that is gone is a PeerLost."""
+        return contextlib.nullcontext()
+
 
 ALONE = Peers()
 
@@ -104,7 +121,7 @@ class Group(Peers):
 
     def __init__(self, place: Place, device: str) -> None:
         self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
-        self._asked = self._in_step = False
+        self._asked = False
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:
             if not dist.is_initialized():
@@ -119,32 +136,65 @@ class Group(Peers):
             raise EnvironmentFault(what, "WORLD_SIZE", "start the job anew")
 
     def share(self, batches: Sequence[Any]) -> Iterable[tuple[int, Any]]:
-        self._in_step = True
-        return ((number, batches[number]) for number in deal([one.tokens for one in batches], self.world)[self.rank])
+        self.in_step = True
+        return ((number, batches[number]) for number in self._dealt(batches)[self.rank])
+
+    def each(self, batches: Sequence[Any], find: Callable[[Any], float]) -> list[float]:
+        found = {number: find(batch) for number, batch in self.share(batches)}
+        for _ in range(self._fewer(batches)):
+            find(_lightest(batches))
+        told = self._faultless(self._exchange({"results": found, "stopping": self.stopping()}))
+        return list(_numbered(told).values())
+
+    def keep_up(
+        self, batches: Sequence[Any], loss: Callable[[Any], torch.Tensor], parameters: Sequence[torch.nn.Parameter]
+    ) -> None:
+        kept = [one.grad for one in parameters]
+        for _ in range(self._fewer(batches)):
+            for one in parameters:
+                one.grad = None
+            loss(_lightest(batches)).backward()  # type: ignore[no-untyped-call]
+        for one, grad in zip(parameters, kept, strict=True):
+            one.grad = grad
+
+    def _dealt(self, batches: Sequence[Any]) -> list[list[int]]:
+        return schedule.deal([one.tokens for one in batches], self.world)
+
+    def _fewer(self, batches: Sequence[Any]) -> int:
+        """How many micro-batches more another process has, where that one waits for this one in each."""
+        dealt = self._dealt(batches)
+        return max(map(len, dealt)) - len(dealt[self.rank]) if self.sharded else 0
 
     def gather(self, results: dict[int, Any], parameters: Sequence[torch.nn.Parameter]) -> dict[int, Any]:
         bare = [number for number, one in enumerate(parameters) if one.grad is None]
-        told = self._exchange({"results": results, "bare": bare, "stopping": self.stopping()})
-        self._in_step = False
+        told = self._faultless(self._exchange({"results": results, "bare": bare, "stopping": self.stopping()}))
+        self.in_step = False
+        nobody = set(bare).intersection(*(one["bare"] for one in told))
+        with _together():
+            allreduce.sum_gradients([one for number, one in enumerate(parameters) if number not in nobody])
+        return _numbered(told)
+
+    def _faultless(self, told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the processes gave, unless one has told of a fault instead."""
         self._asked = any(one.get("stopping") for one in told)
         for rank, one in enumerate(told):
             if "fault" in one:
+                self.in_step = False
                 what, where, fix = one["said"]
                 what = f"{what} (process {rank} of {self.world})"
                 raise OutOfMemoryElsewhere(what) if one["fault"] == "memory" else ModelError(what, where, fix)
-        nobody = set(bare).intersection(*(one["bare"] for one in told))
-        with _together(), _all_or_none():
-            for part in _buckets([one for number, one in enumerate(parameters) if number not in nobody]):
-                _sum(part)
-        found = {int(number): value for one in told for number, value in one["results"].items()}
-        return dict(sorted(found.items()))
+        return told
 
     def tell(self, error: torch.OutOfMemoryError | ModelError) -> None:
-        if self._in_step:
+        if self.sharded:  # the others are in a pass that waits for this process: they end when it does
+            if isinstance(error, torch.OutOfMemoryError):
+                what, fix = f"out of memory: {_first_line(error)}", "set train.micro_batch_tokens lower"
+                raise EnvironmentFault(what, f"process {self.rank}", fix) from None
+        elif self.in_step:
             model = isinstance(error, ModelError)
             said = list(error.faults[0]) if isinstance(error, ModelError) else [_first_line(error), "", ""]
             self._exchange({"fault": "model" if model else "memory", "said": said, "stopping": self.stopping()})
-            self._in_step = False
+            self.in_step = False
 
     def say(self, word: int) -> None:
         self._broadcast(torch.tensor([word]))
@@ -171,6 +221,9 @@ class Group(Peers):
 
     def asked(self) -> bool:
         return self._asked
+
+    def noticing(self) -> contextlib.AbstractContextManager[None]:
+        return _together(_from_the_network) if self.sharded else contextlib.nullcontext()
 
     def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
         with _together():
@@ -208,60 +261,32 @@ def join(place: Place | None) -> Peers:
     return Group(place, card.type if card else "cpu")
 
 
-def deal(tokens: Sequence[int], world: int) -> list[list[int]]:
-    """Numbers of micro-batches for each process: the heaviest first, each to the one with the least so far.
-
-    At most 4/3 of the best possible (Graham 1969). The same on every process.
-    """
-    loads, dealt = [0] * world, [list[int]() for _ in range(world)]
-    for number in sorted(range(len(tokens)), key=lambda one: (-tokens[one], one)):
-        rank = min(range(world), key=lambda one: (loads[one], one))
-        loads[rank] += tokens[number]
-        dealt[rank].append(number)
-    return [sorted(numbers) for numbers in dealt]
+def _numbered(told: list[dict[str, Any]]) -> dict[int, Any]:
+    """Every process's results by number, in their order."""
+    return dict(sorted((int(number), value) for one in told for number, value in one["results"].items()))
 
 
-def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Parameters of one kind and place, so many at a time."""
-    kinds: dict[Any, list[torch.nn.Parameter]] = {}
-    for one in parameters:
-        part = kinds.setdefault((one.dtype, one.device), [])
-        if part and sum(other.numel() for other in part) + one.numel() > _BUCKET:
-            yield part
-            part = kinds[one.dtype, one.device] = []
-        part.append(one)
-    yield from kinds.values()
-
-
-def _sum(parameters: Sequence[torch.nn.Parameter]) -> None:
-    grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    dist.all_reduce(flat)
-    for one, part in zip(parameters, torch.split(flat, [one.numel() for one in parameters]), strict=True):
-        one.grad = part.view_as(one).clone()
+def _lightest(batches: Sequence[Any]) -> Any:
+    return min(batches, key=lambda one: one.tokens)
 
 
 @contextlib.contextmanager
-def _all_or_none() -> Iterator[None]:
-    """The others are in the middle of a sum: this process cannot take the step again."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        what = f"out of memory while gradients were summed: {_first_line(error)}"
-        raise EnvironmentFault(what, "", "set train.micro_batch_tokens lower") from None
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
+def _together(is_loss: Callable[[RuntimeError], bool] = lambda error: True) -> Iterator[None]:
     """Something that all processes do at once; where one of them is gone it fails."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if not is_loss(error):
+            raise
         why = _SOURCE.sub("", _first_line(error)).partition(". ")[0]
         what = f"another process of this job has ended ({why})"
         raise PeerLost(what, fix="the same command goes on from the last checkpoint") from None
+
+
+def _from_the_network(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or bool(_SOURCE.match(str(error)))
 
 
 def _first_line(error: BaseException) -> str:

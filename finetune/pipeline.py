@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import engines as engine_files
 from finetune import prepare, scores, source
 from finetune.dataset import Reader, Source
 from finetune.errors import RecipeError
@@ -54,9 +55,16 @@ def init(data: str, out: Path, name: str | None, card: float | None, terminal: T
     return draft.begin(data, out, name, card, terminal, reading(terminal, "reading"))
 
 
-def plan(recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None) -> Plan | JointPlan:
-    """Check everything and say what a run would do, here or on a card with ``card`` GB."""
-    return _say_plan(prepare.prepare_all(recipe, overrides, card=card, progress=reading(terminal, "reading")), terminal)
+def plan(
+    recipe: Path, overrides: Sequence[str], terminal: Terminal, card: float | None = None, processes: int = 1,
+    engines: Mapping[str, Path] | None = None,
+) -> Plan | JointPlan:  # fmt: skip
+    """Check everything and say what a run would do, here or on a card of ``card`` GB. ``engines``: as of ``write``."""
+    show = reading(terminal, "reading")
+    prepared = prepare.prepare_all(recipe, overrides, card=card, progress=show, processes=processes)
+    if engines:
+        engine_files.write(engines, prepared[0], processes)
+    return _say_plan(prepared, terminal)
 
 
 def _say_plan(prepared: Sequence[Prepared], terminal: Terminal) -> Plan | JointPlan:
@@ -91,7 +99,7 @@ def train(
     if group.rank:
         follow.follow(recipe, overrides, group)
         return []
-    prepared = _prepared(recipe, overrides, terminal, single=group.world > 1)
+    prepared = _prepared(recipe, overrides, terminal, group.world)
     group.barrier()
 
     if len(prepared) == 1:
@@ -111,16 +119,20 @@ def train(
     return folders
 
 
-def _prepared(recipe: Path, overrides: Sequence[str], terminal: Terminal, *, single: bool) -> list[Prepared]:
-    """Every check, the base fetched where it is not here, and the plan said. ``single``: of one run alone."""
+def _prepared(recipe: Path, overrides: Sequence[str], terminal: Terminal, processes: int) -> list[Prepared]:
+    """Every check, the base fetched where it is not here, and the plan said; of one run alone for several processes."""
     show = reading(terminal, "reading")
-    prepared = prepare.prepare_all(recipe, overrides, progress=show)
+    prepared = prepare.prepare_all(recipe, overrides, progress=show, processes=processes)
     if prepared[0].base is None:
         source.bring(prepared[0].recipe.model, prepared[0].recipe.revision, terminal)
-        prepared = prepare.prepare_all(recipe, overrides, progress=show)
-    if single and len(prepared) > 1:
+        prepared = prepare.prepare_all(recipe, overrides, progress=show, processes=processes)
+    if processes > 1 and len(prepared) > 1:
         what = "several adapters are trained by one process"
         raise RecipeError(what, "--processes", "train one of them: --set adapters=NAME")
+    if processes > 1:
+        from finetune import starts
+
+        starts.refuse_to_make(prepared[0].recipe.adapter.method, prepared[0].plan)
     _say_plan(prepared, terminal)
     return prepared
 
@@ -129,7 +141,7 @@ def launch(recipe: Path, overrides: Sequence[str], terminal: Terminal, order: Or
     """The same checks, once for all processes; then they are started, and the job's exit code returned."""
     from finetune import launch as launching
 
-    prepared = _prepared(recipe, overrides, Terminal(silent=True), single=True)
+    prepared = _prepared(recipe, overrides, Terminal(silent=True), order.processes)
     return launching.start(order, limit, RunFolder(Path(prepared[0].plan.output)).root, terminal)
 
 
@@ -248,19 +260,13 @@ def blend(
     return blending.blend(blending.parse(words), out, terminal, options)
 
 
-def export(
-    run: Path, out: Path, to: str, terminal: Terminal, *, target: str, quantise: str | None, adapter_only: bool
-) -> dict[str, Any]:
-    """Write a run's result for another program."""
+def export(run: Path, out: Path, to: str, terminal: Terminal, **how: Any) -> dict[str, Any]:
+    """Write a run's result for another program; ``how`` as of ``export.export``."""
     if to in ("huggingface", "original"):
         return merge(run, out, {"layout": "native" if to == "huggingface" else to}, terminal)
     from finetune import export as exporting
 
-    if to == "adapter":
-        return exporting.adapter_for(run, out, target, terminal)
-    if to == "gguf":
-        return exporting.gguf_for(run, out, quantise, terminal, adapter_only=adapter_only)
-    return exporting.ollama_for(run, out, quantise, terminal)
+    return exporting.export(run, out, to, terminal, **how)
 
 
 def release(

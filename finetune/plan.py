@@ -23,7 +23,7 @@ from finetune.recipe.objective_keys import EXTRA_PASSES
 from finetune.schedule import Part
 from finetune.speed import Work
 from finetune.targets import Target
-from finetune.terminal import clean
+from finetune.terminal import clean, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +111,10 @@ def compute_dtype(recipe: Recipe, hardware: Hardware) -> str:
 def make(
     located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, *, must_fit: bool,
     notes: Sequence[str] = (), unchecked: Sequence[str] = (), rows: dict[str, list[int]] | None = None,
-    beside: Beside | None = None,
+    beside: Beside | None = None, processes: int = 1,
 ) -> Plan:  # fmt: skip
-    """Resolve a recipe for one machine. ``rows``: ids of trained rows, by their module; ``beside``: who teaches.
+    """Resolve a recipe for one machine, or each of ``processes``. ``rows``: ids of trained rows, by their module;
+    ``beside``: who teaches.
 
     Raises:
         RecipeError: targets that match nothing, or a window beyond the model's positions.
@@ -124,7 +125,7 @@ def make(
     if recipe.train.max_length > shape.max_positions:
         what = f"{recipe.train.max_length} is more than the model's {shape.max_positions} positions"
         raise RecipeError(what, located.where("train.max_length"), _longer(shape, recipe.rope))
-    need = need_of(located, shape, hardware, load, rows, beside)
+    need = need_of(located, shape, hardware, load, rows, beside, processes)
     compute, tensors = need.compute, need.tensors
     steps = course_steps(recipe, load.lengths, load.parts) if load else None
     fitted = fitting.fit(need, _step_tokens(recipe, steps, load))
@@ -133,23 +134,21 @@ def make(
     memory = predicted(need, fitted.layers, offload, done, full)
     kind = recipe.train.optimizer
     whole = selection.whole + shape.hidden * sum(map(len, (rows or {}).values()))
-    notes = [*notes, *(f"PEFT says: {clean(one)}" for one in selection.said)]
-    remarks = [*notes, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device)]
-    remarks += [*_may_end_early(recipe), *_aim(recipe)]
-    if selection.whole:
-        remarks.append(f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32")
+    said = [f"PEFT says: {clean(one)}" for one in selection.said]
+    said += [f"modules_to_save: {selection.whole:,} parameters are trained whole, in fp32"] if selection.whole else []
+    remarks = [*notes, *said, *_remarks(recipe, hardware, compute), *optimizer.notes(kind, tensors, hardware.device),
+               *_may_end_early(recipe), *_aim(recipe), *_shards(need, processes)]  # fmt: skip
     if memory.total > hardware.free_memory * budget.USABLE + memory.overhead:
         usable = (hardware.free_memory * budget.USABLE + memory.overhead) / 1e9
         what = f"needs about {memory.total / 1e9:.1f} GB, at most {usable:.1f} GB can be used here"
         if must_fit:
-            raise EnvironmentFault(what, f"memory of {hardware.name}", _smaller(recipe))
+            raise EnvironmentFault(what, f"memory of {hardware.name}", _smaller(recipe, processes))
         remarks.append(f"does not fit here: {what}")
     chosen = [index for step in steps for index in step] if steps and load else []
     tokens = sum(load.lengths[i] for i in chosen) if load else None
     remarks += shares(load, chosen) if load else []
     fields = targets.fields_of(recipe.adapter.method, dict(recipe.adapter.fields))
-    if rows:
-        fields["trainable_token_indices"] = rows
+    fields |= {"trainable_token_indices": rows} if rows else {}
     return Plan(
         model=recipe.model, family=shape.family, parameters=shape.parameters(),
         device=hardware.device, device_name=hardware.name,
@@ -186,13 +185,14 @@ def predicted(need: Need, layers: int, offload: bool, done: Work | None, full: i
 
 def need_of(
     located: Located, shape: DecoderShape, hardware: Hardware, load: Load | None, rows: dict[str, list[int]] | None,
-    beside: Beside | None = None,
+    beside: Beside | None = None, processes: int = 1,
 ) -> Need:  # fmt: skip
     """What memory and time depend on. Raises RecipeError: targets that match nothing."""
     row_tensors = [Tensors("whole", shape.hidden * len(ids), 1) for ids in (rows or {}).values()]
     return Need(
         recipe=located.recipe, shape=shape, hardware=hardware, compute=compute_dtype(located.recipe, hardware),
         tensors=[*targets.select(located, shape).tensors, *row_tensors], load=load, beside=beside,
+        shards=processes if located.recipe.train.shard == "fsdp" else 1,
     )  # fmt: skip
 
 
@@ -201,12 +201,32 @@ def _longer(shape: DecoderShape, rope: str | None) -> str:
     return f"at most {shape.max_positions}{choice}"
 
 
-def _smaller(recipe: Recipe) -> str:
+def _smaller(recipe: Recipe, processes: int) -> str:
     """What takes less memory."""
+    if processes > 1 and recipe.train.shard == "none":
+        return "part the base among the processes: train.shard: fsdp"
     if recipe.train.micro_batch_tokens != "auto":
         return "lower train.micro_batch_tokens, or leave it at auto"
     packed = recipe.quantize.weights in ("nf4", "fp4")
     return f"lower train.max_length, or {'take a smaller model' if packed else 'use quantize nf4'}"
+
+
+def _shards(need: Need, processes: int) -> list[str]:
+    """What several processes hold each, and what they send one another."""
+    if processes == 1:
+        return []
+    if need.shards == 1:
+        return [f"memory is that of each of {processes} processes, which holds the whole base; time is that of one"]
+    quantize, shape = need.recipe.quantize, need.shape
+    scales = budget.weight_bytes(quantize.weights, quantize.double, need.compute, shape, need.hardware.device)
+    linear = shape.linear_parameters() * (0.5 if quantize.weights in ("nf4", "fp4") else budget.BYTES[need.compute])
+    return [
+        f"memory is that of each of {processes} processes, which holds 1/{processes} of the layers, "
+        f"{size(linear / processes)} of {size(linear)}; embedding, head and scales, {size(scales - linear)}, and the "
+        "adapter are whole on each",
+        f"every pass of a micro-batch, forward or backward, brings each process {size(linear * (1 - 1 / processes))}, "
+        "which the time above does not know",
+    ]
 
 
 def _aim(recipe: Recipe) -> list[str]:

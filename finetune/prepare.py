@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetune import (
     control_tokens,
@@ -34,7 +35,6 @@ from finetune.dataset import Reader
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.evaluate import HeldOut
-from finetune.gather import Gathered
 from finetune.hardware import Hardware
 from finetune.objectives import Objective
 from finetune.plan import Plan
@@ -85,23 +85,23 @@ class Prepared:
 
 def prepare(
     path: Path, overrides: Sequence[str] = (), *, training: bool = True, card: float | None = None,
-    machine: Hardware | None = None, progress: dataset.Progress = dataset.silent,
+    machine: Hardware | None = None, progress: dataset.Progress = dataset.silent, processes: int = 1,
 ) -> Prepared:  # fmt: skip
     """Check a recipe with everything it names; and, where it is to be trained, that memory and disk are large enough.
 
-    ``card``: GB of a CUDA card to plan for, instead of this machine; ``machine``: this one, where it was looked at
-    before. ``progress`` is told of rows read.
+    ``card``: GB of a CUDA card to plan for, instead of this machine; ``machine``: this one, looked at before.
+    ``progress`` is told of rows read. ``processes``: how many are to train it.
 
     Raises:
         RecipeError, DataError, ModelError, EnvironmentFault: what is wrong; nothing has been written.
     """
     machine = hardware.imagined(card) if card else machine or hardware.detect()
-    return _prepared(recipe.locate(path, overrides), machine, training, card, progress)
+    return _prepared(recipe.locate(path, overrides), machine, training, card, progress, processes=processes)
 
 
 def prepare_all(
     path: Path, overrides: Sequence[str] = (), *, card: float | None = None,
-    progress: dataset.Progress = dataset.silent,
+    progress: dataset.Progress = dataset.silent, processes: int = 1,
 ) -> list[Prepared]:  # fmt: skip
     """Check every run of a recipe, as ``prepare`` does; several are fitted into the machine together.
 
@@ -111,7 +111,9 @@ def prepare_all(
     runs = recipe.locate_all(path, overrides)
     if len(runs) > 1:
         joint_plan.refuse_unroutable(runs)
-    found = [_prepared(one, machine, True, card, progress, joint=len(runs) > 1) for one in runs]
+    found = [
+        _prepared(one, machine, True, card, progress, joint=len(runs) > 1, processes=processes) for one in runs
+    ]  # fmt: skip
     if len(found) == 1:
         return found
     names = [one.located.name for one in found]
@@ -125,26 +127,26 @@ def prepare_all(
 
 def _prepared(
     located: Located, machine: Hardware, training: bool, card: float | None, progress: dataset.Progress,
-    *, joint: bool = False,
+    *, joint: bool = False, processes: int = 1,
 ) -> Prepared:  # fmt: skip
     if training:
-        _refuse_place(located)
+        _refuse_place(located, processes)
     output = Path(located.recipe.output)
     remarks = devices.remarks(located.recipe.tracker, output.parent if joint else output) if training else []
     found = source.find(located.recipe.model, located.recipe.revision)
     if found is None:
-        return _by_numbers(located, machine, remarks, must_fit=card is not None)
+        return _by_numbers(located, machine, remarks, must_fit=card is not None, processes=processes)
     base = _inspect(located, found.folder)
     renderer = _renderer(located, base)
     gathered = gather.gather(located.recipe, renderer, progress)
     _refuse_long_answers(located, base, gathered.held_out)
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
-    load = _load(located.recipe, gathered, len(renderer.tokenizer))
+    load = gather.load_of(located.recipe, gathered, len(renderer.tokenizer))
     teacher = teaching.find(located, base, renderer.tokenizer, gathered) if training else None
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.own_head),
         notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks, *teaching.notes(teacher)],
-        beside=teaching.beside(teacher, base.shape),
+        beside=teaching.beside(teacher, base.shape), processes=processes,
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
     if training and free < made.output_bytes:
@@ -172,7 +174,7 @@ def _renderer(located: Located, base: Base) -> Renderer:
     return made
 
 
-def _refuse_place(located: Located) -> None:
+def _refuse_place(located: Located, processes: int) -> None:
     """What a run would only meet once it has begun: an output that is no folder, a missing package, no processors."""
     chosen = located.recipe
     output = Path(chosen.output)
@@ -185,6 +187,9 @@ def _refuse_place(located: Located) -> None:
     if chosen.train.workers > processors:
         what = f"{chosen.train.workers} processes on {processors} processors"
         raise EnvironmentFault(what, located.where("train.workers"), f"at most {processors} here")
+    if chosen.train.shard != "none" and processes == 1:
+        what = f"{chosen.train.shard} parts the base among several processes, and this is one"
+        raise RecipeError(what, located.where("train.shard"), "add --processes N, or set it to none")
 
 
 def _inspect(located: Located, folder: Path) -> Base:
@@ -210,8 +215,8 @@ def _refuse_long_answers(located: Located, base: Base, held_out: HeldOut | None)
         raise RecipeError(what, located.where("evaluate.max_new_tokens"), "lower it")
 
 
-def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, must_fit: bool) -> Prepared:
-    """A model that is not on the disk: the plan comes from committed config numbers, or from its config on the hub."""
+def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], **how: Any) -> Prepared:
+    """A model that is not on the disk: planned by its numbers; ``how`` as of ``plan.make``."""
     name, rope = located.recipe.model, located.recipe.rope
     known = known_models.find(name)
     if known is not None:
@@ -234,8 +239,8 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], *, mu
     )
     teacher = teaching.find(located, None, None, None)
     made = plan.make(
-        located, shape, machine, None, must_fit=must_fit, unchecked=unchecked,
-        notes=[*notes, *teaching.notes(teacher)], beside=teaching.beside(teacher, shape),
+        located, shape, machine, None, unchecked=unchecked, notes=[*notes, *teaching.notes(teacher)],
+        beside=teaching.beside(teacher, shape), **how,
     )  # fmt: skip
     return Prepared(
         located=located, hardware=machine, base=None, shape=shape, load=None, plan=made, commit=None, samples=None,
@@ -275,26 +280,3 @@ def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Render
     if found is None:
         raise ModelError("the model is not on this disk", located.recipe.model, "fetch it: it decides what is trained")
     return located, _renderer(located, _inspect(located, found.folder))
-
-
-def _evaluated(held_out: HeldOut, metrics: Sequence[str]) -> int:
-    """Tokens that are read for the loss of the rows and of their options."""
-    samples = [*(held_out.examples if "loss" in metrics else ()), *(o for q in held_out.questions for o in q.options)]
-    return sum(len(example.ids) for example in samples)
-
-
-def _load(recipe: Recipe, gathered: Gathered, vocabulary: int) -> Load:
-    held_out, samples = gathered.held_out, gathered.samples
-    between = (recipe.train.steps or 0) // recipe.evaluate.every if recipe.evaluate.every else 0
-    prompts = [len(question.prompt) for question in held_out.questions] if held_out else []
-    return Load(
-        lengths=samples.lengths.tolist(),
-        supervised=samples.supervised.tolist(),
-        parts=samples.part_list(),
-        evaluations=2 + between if held_out else 0,
-        evaluated_tokens=_evaluated(held_out, recipe.evaluate.metrics) if held_out else 0,
-        generated_rows=len(prompts) if set(recipe.evaluate.metrics) & set(evals.ANSWERED) else 0,
-        prompt_tokens=sum(prompts),
-        longest_prompt=max(prompts, default=0),
-        vocabulary=vocabulary,
-    )

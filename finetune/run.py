@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune import evaluate, gather, hardware, identity, plan, recipe, scores, taught
+from finetune import evaluate, gather, hardware, identity, model, plan, recipe, scores, sharding, taught
 from finetune.errors import RecipeError
 from finetune.identity import Identity
+from finetune.interrupts import StopRequest
 from finetune.loading import BaseForm
 from finetune.loop import Course
 from finetune.model import Policy
-from finetune.peers import ALONE, Peers
+from finetune.peers import ALONE, PASS, Peers
 from finetune.prepare import Prepared
 from finetune.runfolder import RunFolder
 from finetune.taught import Taught
-from finetune.terminal import ByteBar, Progress, Terminal
+from finetune.terminal import ByteBar, Progress, Terminal, size
 
 Known = list[tuple[evaluate.HeldOut, evaluate.How, evaluate.Judged]]
 
@@ -38,6 +40,8 @@ class Run:
         self.prepared, self.base, self.samples, self.terminal = prepared, prepared.base, prepared.samples, terminal
         self.folder = RunFolder(Path(prepared.plan.output))
         self.peers = peers
+        if peers.world > 1:
+            peers.sharded = prepared.recipe.train.shard == "fsdp"
         self.identity = stored or self._identity(digests)
 
     def _identity(self, digests: dict[str, str] | None) -> Identity:
@@ -132,6 +136,31 @@ class Run:
             device=chosen.device,
         )
 
+    def load(self, progress: Callable[[int, int], None] | None = None) -> Policy:
+        """The base, or this process's shards of it. Raises as ``model.load_base`` and ``sharding.load``."""
+        if not self.peers.sharded:
+            return model.load_base(self.base, self.form(), progress)
+        shards = sharding.load(self.base, self.form(), self.peers.world, progress)
+        policy = model.policy_of(self.base, shards)
+        held = size(sharding.held_bytes(shards))
+        self.terminal.say(f"each of {self.peers.world} processes holds {held}, its part of the decoder layers")
+        return policy
+
+    def announce(self, policy: Policy, stop: StopRequest) -> None:
+        """Let the others pass along wherever the first process looks at a base in shards outside a step."""
+
+        def begins() -> None:
+            if not self.peers.in_step:
+                if stop.requested:  # here: within a pass the others would wait for ever
+                    raise KeyboardInterrupt
+                self.peers.say(PASS)
+                self.peers.in_pass = True
+
+        def ends() -> None:
+            self.peers.in_pass = False
+
+        sharding.announce(policy.causal_lm, begins, ends)
+
     def how(self) -> evaluate.How:
         wanted = self.prepared.recipe.evaluate
         return evaluate.How(
@@ -163,10 +192,9 @@ class Run:
         def show(what: str, done: int, of: int) -> None:
             bars.setdefault(what, Progress(self.terminal, f"judging {whose}: {what}"))(done, of)
 
-        judged = evaluate.judge(
-            policy, held_out, self.how(), adapter=adapter, progress=show,
-            origin=self.origin() if adapter or self.identity.teacher else None,
-        )  # fmt: skip
+        origin = self.origin() if adapter or self.identity.teacher else None
+        with self.peers.noticing():
+            judged = evaluate.judge(policy, held_out, self.how(), adapter=adapter, progress=show, origin=origin)
         scores.record(self.folder, name, judged, held_out)
         if known is not None:
             known.append((held_out, self.how(), judged))

@@ -20,9 +20,10 @@ from safetensors.torch import save
 
 from finetune import checkpoint, manifest, methods, model
 from finetune.dataset import Example
-from finetune.errors import ModelError
+from finetune.errors import EnvironmentFault, ModelError
 from finetune.kernels import frozen_linear
 from finetune.model import Policy
+from finetune.plan import Plan
 from finetune.recipe import adapter_methods
 from finetune.runfolder import json_bytes
 
@@ -39,6 +40,14 @@ _OF_START = ("eva_config", "corda_config", "lora_ga_config")
 def is_made(method: str, fields: dict[str, Any]) -> bool:
     """Whether the adapter begins with more than a draw of random numbers."""
     return method == "lora" and adapter_methods.start_of(fields) in (*adapter_methods.OFF_BASE, "eva")
+
+
+def refuse_to_make(method: str, chosen: Plan) -> None:
+    """Raise EnvironmentFault where several processes would each have to make the start."""
+    folder = Path(chosen.output) / FOLDER
+    if is_made(method, chosen.adapter_fields) and not folder.is_dir():
+        what = f"{chosen.adapter_fields['init_lora_weights']} is made by one process, for all"
+        raise EnvironmentFault(what, str(folder), "take one process to step 1 (--until 1), then go on with several")
 
 
 def plain(fields: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from finetune import (
     teacher,
 )
 from finetune import optimizer as optimizers
-from finetune import peers as peers_of_job
 from finetune import scores as score_file
 from finetune.copies import Copies
 from finetune.devices import Session
@@ -101,9 +100,11 @@ def _train(run: Run, terminal: Terminal, extend: bool, until: int | None, limit:
             try:
                 try:
                     end = _steps(run, course, session, stop, until, copies)
+                    if end and run.peers.sharded:  # it judges, and its passes are everybody's
+                        conclude(run, *end)
                 finally:
-                    run.peers.over()  # what comes now is the first one's alone
-                if end:
+                    run.peers.over()
+                if end and not run.peers.sharded:  # the first one's alone
                     conclude(run, *end)
             finally:
                 session.finish()
@@ -130,7 +131,7 @@ def shared(run: Run, course: Course) -> str:
         sizes = [int(lengths[index]) for index in step]
         tokens = [sum(sizes[i] for i in pack) for pack in schedule.pack(sizes, course.micro_batch_tokens)]
         work += sum(tokens)
-        spent += world * max(sum(tokens[number] for number in numbers) for numbers in peers_of_job.deal(tokens, world))
+        spent += world * max(sum(tokens[number] for number in numbers) for numbers in schedule.deal(tokens, world))
     said = f"{world} processes share each step's micro-batches and are at work {work / spent:.0%} of the time"
     return said if work / spent > _EVEN else f"{said}: set train.micro_batch_tokens lower, or processes"
 
@@ -156,7 +157,9 @@ def _steps(
     terminal, chosen = run.terminal, run.prepared.plan
     saved = checkpoint.newest(run.folder.checkpoints, terminal.say) if run.folder.checkpoints.is_dir() else None
     terminal.say(f"loading {chosen.model} as {chosen.weights} on {chosen.device_name}")
-    policy = attach(run, model.load_base(run.base, run.form(), ByteBar(terminal, "loading the base").at))
+    policy = attach(run, run.load(ByteBar(terminal, "loading the base").at))
+    if run.peers.sharded:
+        run.announce(policy, stop)
     optimizer, scaler = optimizer_of(run, policy)
     start = state.resume(run, policy, optimizer, scaler, saved)
     state.give(run.peers, saved)
@@ -178,7 +181,7 @@ def _steps(
     keeper = state.Keeper(run, policy, optimizer, scaler, stop, copies)
     log = StepLog(run.folder.metrics, session, terminal, total, start)
     keeper.begin(start)
-    with stop.deferred(), keeper.rescuing():
+    with stop.deferred(), contextlib.closing(events), keeper.rescuing():
         while done < total and not stopped:
             event: StepDone = next_step(events, run)
             keeper.done = done = event.step
@@ -238,9 +241,8 @@ def _attach(run: Run, base: Policy) -> Policy:
     if not folder.is_dir() and any(run.folder.checkpoints.glob("step-*")):
         what, fix = "what this adapter began with is gone", "take it from a backup, or give another `output:`"
         raise ModelError(what, str(folder), fix)
-    if not folder.is_dir() and run.peers.world > 1:
-        what = f"{fields['init_lora_weights']} is made by one process, for all"
-        raise EnvironmentFault(what, str(folder), "take one process to step 1 (--until 1), then go on with several")
+    if run.peers.world > 1:
+        starts.refuse_to_make(method, run.prepared.plan)
     return starts.attach(folder, base, fields, wanted.seed, run.samples, **how)
 
 
@@ -264,7 +266,7 @@ def optimizer_of(run: Run, policy: Policy) -> tuple[torch.optim.Optimizer, torch
 def judged(run: Run, policy: Policy, stop: StopRequest, name: str) -> bool:
     """Judge between two steps; False where a request to stop cut it short."""
     try:
-        with stop.at_once():
+        with contextlib.nullcontext() if run.peers.sharded else stop.at_once():
             run.judge(policy, name)
     except KeyboardInterrupt:
         return False
@@ -275,7 +277,8 @@ def next_step(events: Any, run: Run) -> Any:
     """What the loop yields next; a fault in it gets the last good checkpoint's name."""
     run.peers.say(STEP)
     try:
-        return next(events)
+        with run.peers.noticing():
+            return next(events)
     except ModelError as error:
         last = checkpoint.newest(run.folder.checkpoints, run.terminal.say) if run.folder.checkpoints.is_dir() else None
         kept = f"last good checkpoint: {checkpoint.folder_name(last.step)}" if last else "no checkpoint was written yet"

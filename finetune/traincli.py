@@ -56,8 +56,8 @@ def train(
 ) -> None:
     """Run a recipe, or go on with it where it was interrupted."""
     limit = None if max_time is None else TimeLimit(seconds(max_time, "--max-time"))
-    check_recipe(recipe, set_)
-    place = jobplace.find(world)
+    shard = check_recipe(recipe, set_)[0].recipe.train.shard
+    place = jobplace.find(world, shard=shard)
     from finetune import pipeline
 
     screen = terminal(quiet=quiet, as_json=as_json)

@@ -132,7 +132,8 @@ def test_tests_mirror_the_package() -> None:
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",
         "runcli": "test_compare", "talkcli": "test_chat",
-        "traincli": "test_launch", "follow": "test_launch", "sweepplan": "test_sweep", "judgecli": "test_judgement",
+        "traincli": "test_launch", "follow": "test_launch", "jobtask": "test_launch",
+        "sharding": "test_peers", "allreduce": "test_peers", "sweepplan": "test_sweep", "judgecli": "test_judgement",
         "bare": "test_judgement", "rating": "objectives/test_reward",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):

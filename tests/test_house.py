@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top of the house to its ground. A room may import rooms below it, or earlier ones of its own floor.
 ENTRANCE = [
-    "api", "__main__", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli", "options",
-    "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
+    "api", "__main__", "jobtask", "cli", "startcli", "datacli", "shipcli", "runcli", "judgecli", "talkcli", "traincli",
+    "options", "pipeline", "chat", "serve", "endpoint", "openai_api", "session", "answer",
 ]  # fmt: skip
 ROAD = [
     "judgement", "harness", "teach", "predict", "rating", "bare", "unanswered", "doctor", "numerics", "adopt", "draft",
@@ -23,13 +23,14 @@ ROAD = [
     "push", "upload", "release", "export", "seal", "card", "terms", "as_lora", "prove", "certify", "trained",
     "whole", "blend",
     "finished", "convert", "adapter_layout", "weigh", "adapter_file", "dashboard", "sweep", "sweepplan", "grid",
-    "comparepage", "compare", "runtable", "runview", "launch", "together", "follow", "train", "state",
+    "comparepage", "compare", "runtable", "runview", "engines", "launch", "together", "follow", "train", "state",
     "copies", "probe", "teacher", "starts", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
     "teaching", "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "taught", "generation", "metrics", "devices", "lockstep", "loop", "optimizer",
-    "peers", "checkpoint", "shared_base", "model", "methods", "beginning", "loading", "control_tokens", "tokenizer",
+    "peers", "allreduce", "checkpoint", "shared_base", "model", "methods", "beginning", "sharding", "loading",
+    "control_tokens", "tokenizer",
     "store", "samples", "window", "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles",
     "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ def test_where_a_process_stands() -> None:
         (1, TORCH, "1 processes were asked for, and the launcher has started 4", "nothing was begun"),
         (4, SLURM, "4 processes were asked for, and the launcher has started 2", "nothing was begun"),
         (4, {**TORCH, "ACCELERATE_USE_FSDP": "true"}, "set up for FSDP", "launch without it"),
+        (4, {**TORCH, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "set up for FSDP", "set train.shard: fsdp"),
         (4, {**TORCH, "ACCELERATE_USE_DEEPSPEED": "1"}, "set up for DeepSpeed", "launch without it"),
         (4, {key: value for key, value in TORCH.items() if key != "RANK"}, "does not say which process", "--processes"),
         (4, {**TORCH, "RANK": "4"}, "does not say which process", "--processes"),
@@ -41,3 +42,13 @@ def test_what_does_not_hold_is_refused(asked: int | None, variables: dict[str, s
     (fault,) = refused.value.faults
     assert what in fault.what
     assert fix in fault.fix
+
+
+def test_a_launcher_for_fsdp_2_serves_a_recipe_in_shards() -> None:
+    fsdp = {**TORCH, "ACCELERATE_USE_FSDP": "true"}
+    assert find(4, {**fsdp, "FSDP_VERSION": "2"}, shard="fsdp") == Place(rank=3, world=4, local_rank=1)
+    assert find(4, TORCH, shard="fsdp") == Place(rank=3, world=4, local_rank=1)
+    with pytest.raises(EnvironmentFault, match=r"set up for FSDP 1, and train.shard is FSDP 2"):
+        find(4, fsdp, shard="fsdp")
+    with pytest.raises(EnvironmentFault, match="set up for DeepSpeed"):
+        find(4, {**TORCH, "ACCELERATE_USE_DEEPSPEED": "true"}, shard="fsdp")

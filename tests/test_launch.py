@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +28,65 @@ import pytest
 from finetune import launch
 from finetune.errors import Interrupted
 from tests import runs, tiny
+from tests.faults.breaking import results_folder
+from tests.faults.sweep import Sweep, Verdict, keep
 from tests.runs import ENVIRONMENT, OUTPUT, finetune
 
 QUICK = ("evaluate.metrics=[loss]", "train.micro_batch_tokens=128", "train.examples_per_step=12", "train.steps=8")
+FSDP: dict[str, Any] = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 2, "num_machines": 1,
+    "machine_rank": 0, "mixed_precision": "no",
+    "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True},
+}  # fmt: skip
 ONE = {"OMP_NUM_THREADS": "1"}
 LONG = 3600
 
 
 def command(*words: str, overrides: tuple[str, ...] = QUICK) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
-    return [sys.executable, "-P", "-m", "finetune", "train", "r.yaml", *sets, *words]
+    return ["train", "r.yaml", *sets, *words]
 
 
-def launched(*words: str, overrides: tuple[str, ...] = QUICK, **more: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as somebody types it."""
-    return subprocess.run(
-        command(*words, overrides=overrides), env=ENVIRONMENT | ONE | more, capture_output=True, text=True, timeout=280
-    )
+@dataclass(frozen=True)
+class Launched:
+    """How a job ended, and what its launcher and its processes said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def launched(*words: str, overrides: tuple[str, ...] = QUICK, **more: str) -> Launched:
+    """The command in this process, which has the libraries loaded; what it launches are processes as ever."""
+    with own_process_state(ENVIRONMENT | ONE | more), contextlib.ExitStack() as kept:
+        told = {fd: kept.enter_context(tempfile.TemporaryFile("w+")) for fd in (1, 2)}
+        with contextlib.ExitStack() as redirected:
+            for fd, file in told.items():
+                redirected.callback(os.close, former := os.dup(fd))
+                redirected.callback(os.dup2, former, fd)
+                os.dup2(file.fileno(), fd)
+            said = finetune(*command(*words, overrides=overrides))
+        for file in told.values():
+            file.seek(0)
+        return Launched(said.code, said.out + told[1].read(), said.err + told[2].read())
+
+
+@contextlib.contextmanager
+def own_process_state(environment: dict[str, str]) -> Iterator[None]:
+    """What a launcher changes in its process is as before afterwards: variables, signals."""
+    variables = dict(os.environ)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    signals[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)
+    os.environ.update(environment)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+        for number, handler in signals.items():
+            signal.signal(number, handler)
 
 
 def adapter(folder: Path) -> Any:
@@ -56,11 +102,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     runs.furnish(folder)
     shutil.copytree(tiny_base, folder / "base")
     with contextlib.chdir(folder):
-        alone = launched(overrides=(*QUICK, "output=runs/alone"))
-        assert alone.returncode == 0, alone.stderr
+        alone = runs.train(*QUICK, "output=runs/alone")
+        assert alone.code == 0, alone.err
         two = launched("--processes", "2")
-        assert two.returncode == 0, two.stderr
-        (folder / "said").write_text(two.stdout)
+        assert two.code == 0, two.err
+        (folder / "said").write_text(two.out)
     return folder
 
 
@@ -88,14 +134,29 @@ def test_two_processes_train_what_one_does(unbroken: Path) -> None:
 
 
 def test_another_number_of_processes_goes_on_and_says_so(unbroken: Path, place: Path) -> None:
-    paused = launched("--processes", "2", "--until", "4")
-    assert paused.returncode == 0, paused.stderr
-    said = launched()
-    assert said.returncode == 0, said.stderr
-    assert "processes was 2 and is 1 now: the run goes on, but its bits will differ" in said.stdout
-    assert "going on after step 4" in said.stdout
+    shutil.copytree(unbroken / OUTPUT, OUTPUT)
+    for later in ("finished.json", "adapter", "checkpoints/step-00000008"):  # as if it had been killed after step 6
+        runs_path = OUTPUT / later
+        shutil.rmtree(runs_path) if runs_path.is_dir() else runs_path.unlink()
+    said = runs.train(*QUICK)
+    assert said.code == 0, said.err
+    assert "processes was 2 and is 1 now: the run goes on, but its bits will differ" in said.out
+    assert "going on after step 6" in said.out
     assert tiny.distance(tiny.flat(adapter(OUTPUT)), tiny.flat(adapter(unbroken / OUTPUT))) < 1e-5
     assert [line[4:] for line in runs.curve()] == [line[4:] for line in runs.curve(unbroken / OUTPUT)]
+
+
+def test_a_start_that_looks_at_rows_is_made_by_one_process_for_all(place: Path) -> None:
+    start = (*QUICK, "adapter.init_lora_weights=pissa")
+    said = runs.train(*start, options=["--processes", "2"])
+    assert said.code == 5
+    assert "pissa is made by one process, for all; take one process to step 1 (--until 1)" in said.err
+    one = runs.train(*start, options=["--until", "1"])
+    assert one.code == 0, one.err
+    assert launched("--processes", "2", overrides=start).code == 0
+    whole = runs.train(*start, "output=runs/whole")
+    assert whole.code == 0, whole.err
+    assert tiny.distance(tiny.flat(adapter(OUTPUT)), tiny.flat(adapter(Path("runs/whole")))) < 1e-5
 
 
 # ---- the three ways in which launchers fail silently
@@ -107,39 +168,29 @@ def test_a_launcher_that_starts_one_process_instead_of_two_is_found_out(place: P
               "num_machines": 1, "machine_rank": 0, "use_cpu": True, "mixed_precision": "no"}  # fmt: skip
     Path("accelerate.yaml").write_text(json.dumps(config))
     said = launched("--processes", "2", "--launch", "accelerate", "--launch-config", "accelerate.yaml")
-    assert said.returncode == 5, said.stderr
-    assert "2 processes were asked for, and the launcher has started 1" in said.stderr
-    assert "Traceback" not in said.stderr
+    assert said.code == 5, said.err
+    assert "2 processes were asked for, and the launcher has started 1" in said.err
+    assert "Traceback" not in said.err
     assert not OUTPUT.exists()
 
 
 def test_a_launcher_set_up_for_fsdp_is_found_out(place: Path) -> None:
     """accelerate with FSDP on CPUs starts two whole replicas, and says nothing."""
-    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 2,
-              "num_machines": 1, "machine_rank": 0, "mixed_precision": "no",
-              "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True}}  # fmt: skip
-    Path("accelerate.yaml").write_text(json.dumps(config))
+    Path("accelerate.yaml").write_text(json.dumps(FSDP))
     said = launched("--processes", "2", "--launch", "accelerate", "--launch-config", "accelerate.yaml")
-    assert said.returncode == 5, said.stderr
-    assert "the launcher is set up for FSDP, and every process here holds the whole model" in said.stderr
-    assert "Traceback" not in said.stderr
+    assert said.code == 5, said.err
+    assert "the launcher is set up for FSDP, and every process here holds the whole model" in said.err
+    assert "Traceback" not in said.err
     assert not OUTPUT.exists()
 
 
 def test_processes_that_nobody_called_one_job_are_found_out(place: Path) -> None:
     """Two runs that know nothing of one another, in one folder."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "finetune",
-    ]
-    words = ["train", "r.yaml"]
-    done = subprocess.run([*torchrun, *words], env=ENVIRONMENT | ONE, capture_output=True, text=True, timeout=280)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "finetune"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "train", "r.yaml"], env=ENVIRONMENT | ONE, capture_output=True, text=True,
+        timeout=280,
+    )  # fmt: skip
     assert done.returncode != 0
     assert "2 processes were launched, and nothing says that they are one job; add --world 2" in done.stderr
     assert not OUTPUT.exists()
@@ -147,17 +198,37 @@ def test_processes_that_nobody_called_one_job_are_found_out(place: Path) -> None
 
 def test_accelerate_launches_two_as_torchrun_does(unbroken: Path, place: Path) -> None:
     said = launched("--processes", "2", "--launch", "accelerate")
-    assert said.returncode == 0, said.stderr
+    assert said.code == 0, said.err
     assert runs.adapter_digest() == runs.adapter_digest(unbroken / OUTPUT)
+
+
+def test_shards_under_accelerates_fsdp_2_have_the_bits_of_whole_bases(unbroken: Path, place: Path) -> None:
+    Path("accelerate.yaml").write_text(json.dumps(FSDP))
+    shards = (*QUICK, "train.shard=fsdp")
+    said = launched("--processes", "2", "--launch", "accelerate", "--launch-config", "accelerate.yaml",
+                    overrides=shards)  # fmt: skip
+    assert said.code == 0, said.err
+    assert "each of 2 processes holds 19.5 kB, its part of the decoder layers" in said.out
+    assert runs.adapter_digest() == runs.adapter_digest(unbroken / OUTPUT)
+    assert runs.curve() == runs.curve(unbroken / OUTPUT)
+
+
+def test_one_process_has_no_shards(place: Path) -> None:
+    said = runs.train("train.shard=fsdp")
+    assert said.code == 2
+    assert "fsdp parts the base among several processes, and this is one; add --processes N" in said.err
+    assert not OUTPUT.exists()
 
 
 # ---- killed and stopped
 
 
 @contextlib.contextmanager
-def running(*words: str, overrides: tuple[str, ...] = QUICK) -> Iterator[subprocess.Popen[str]]:
+def running(overrides: tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
+    """The command with two processes, in a process of its own, as somebody types it."""
+    words = [sys.executable, "-P", "-m", "finetune", *command("--processes", "2", overrides=overrides)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command(*words, overrides=overrides), env=ENVIRONMENT | ONE, **pipes) as job:
+    with subprocess.Popen(words, env=ENVIRONMENT | ONE, **pipes) as job:
         try:
             yield job
         finally:
@@ -190,13 +261,13 @@ def slow(unbroken: Path) -> str:
     """The digest of an unbroken run of two that lasts long enough to be killed."""
     with contextlib.chdir(unbroken):
         done = launched("--processes", "2", overrides=(*SLOW, "output=runs/slow"))
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
         return runs.adapter_digest(Path("runs/slow"))
 
 
-def killed(rank: int, after: int) -> None:
+def killed(rank: int, after: int, overrides: tuple[str, ...] = SLOW) -> None:
     """Kill that process after so many steps of the run; the job ends with code 6 and one message, its state whole."""
-    with running("--processes", "2", overrides=SLOW) as job:
+    with running(overrides) as job:
         wait_for_step(job, after)
         workers(job)[rank].kill()
         _, err = job.communicate(timeout=100)
@@ -206,50 +277,84 @@ def killed(rank: int, after: int) -> None:
     assert not (OUTPUT / "finished.json").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_is_killed_and_the_same_command_ends_with_the_same_bits(place: Path, slow: str, rank: int) -> None:
-    killed(rank, after=random.Random(rank).randrange(1, 25))
-    kept = sorted(int(path.name[5:]) for path in (OUTPUT / "checkpoints").glob("step-*"))
+def asked_to_stop(rank: int | None, after: int, overrides: tuple[str, ...]) -> None:
+    """SIGTERM for the command, or for one process of it: saved, and code 6."""
+    with running(overrides) as job:
+        wait_for_step(job, after)
+        (job if rank is None else workers(job)[rank]).send_signal(signal.SIGTERM)
+        _, err = job.communicate(timeout=100)
+    assert job.returncode == 6, err
+    assert re.search(r"stopped on request; step (\d+) of 60 is saved in runs/one", err), err
+    assert "Traceback" not in err
+
+
+def kept() -> int:
+    """The step of the newest checkpoint."""
+    return max(int(path.name[5:]) for path in (OUTPUT / "checkpoints").glob("step-*"))
+
+
+def test_a_job_is_killed_and_stopped_and_ends_with_the_same_bits(place: Path, slow: str) -> None:
+    killed(1, after=3)
+    assert kept() % 7, "the first process saved what was done when the other was lost"
+    asked_to_stop(None, after=len(_lines()) + 3, overrides=SLOW)
+    killed(0, after=len(_lines()) + 3)
+    asked_to_stop(1, after=len(_lines()) + 3, overrides=SLOW)
+    stands = kept()
     done = launched("--processes", "2", overrides=SLOW)
-    assert done.returncode == 0, done.stderr
-    assert f"going on after step {kept[-1]}" in done.stdout
-    if rank:
-        assert kept[-1] % 7 or kept[-1] == 0, "the first process saved what was done when the other was lost"
+    assert done.code == 0, done.err
+    assert f"going on after step {stands}" in done.out
+    assert runs.adapter_digest() == slow
+
+
+def test_a_job_in_shards_is_killed_and_stopped_and_ends_with_the_bits_of_whole_bases(place: Path, slow: str) -> None:
+    shards = (*SLOW, "train.shard=fsdp")
+    killed(1, after=3, overrides=shards)
+    assert kept() % 7
+    asked_to_stop(1, after=len(_lines()) + 3, overrides=shards)
+    killed(0, after=len(_lines()) + 3, overrides=shards)
+    done = launched("--processes", "2", overrides=SLOW)  # that each held its part is no part of the run
+    assert done.code == 0, done.err
     assert runs.adapter_digest() == slow
 
 
 @pytest.mark.long
 @pytest.mark.timeout(LONG)
-def test_processes_are_killed_again_and_again(place: Path, slow: str) -> None:
-    draw, trials = random.Random(5), 0
-    while trials < 20:
+@pytest.mark.parametrize(("seed", "shard"), [(5, "none"), (6, "none"), (7, "none"), (8, "fsdp"), (9, "fsdp")])
+def test_processes_are_killed_again_and_again(
+    place: Path, slow: str, seed: int, shard: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    draw, began = random.Random(seed), time.monotonic()
+    overrides = (*SLOW, f"train.shard={shard}")
+    found: list[Verdict] = []
+    while len(found) < 8:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(OUTPUT)
+        kills = []
         for _ in range(draw.choice((1, 1, 2))):  # some are killed again after they went on
-            killed(draw.randrange(2), after=len(_lines()) + draw.randrange(1, 25))
-            trials += 1
-        done = launched("--processes", "2", overrides=SLOW)
-        assert done.returncode == 0, done.stderr
-        assert runs.adapter_digest() == slow
+            rank, after = draw.randrange(2), len(_lines()) + draw.randrange(1, 25)
+            kills.append((f"seed {seed}: process {rank} after step {after}", _killed(rank, after, overrides)))
+        done = launched("--processes", "2", overrides=overrides)
+        same = done.code == 0 and runs.adapter_digest() == slow
+        wrong = "" if same else f"the same command ended with {done.code}, or other bits: {done.err[-300:]}"
+        found += [Verdict(point, not why, same, why or wrong) for point, why in kills]
+    folder = results_folder(tmp_path_factory.mktemp("results"))
+    swept = Sweep(found, time.monotonic() - began)
+    print("\n" + keep(folder, f"one of two processes killed, shard {shard}, seed {seed}", swept))
+    assert swept.faults == []
+
+
+def _killed(rank: int, after: int, overrides: tuple[str, ...]) -> str:
+    """What was wrong when that process was killed; empty where the job ended as it must."""
+    try:
+        killed(rank, after, overrides)
+    except AssertionError as error:
+        return str(error)[:2000]
+    return ""
 
 
 def _lines() -> list[bytes]:
     path = OUTPUT / "metrics.jsonl"
     return path.read_bytes().splitlines() if path.exists() else []
-
-
-@pytest.mark.parametrize("rank", [None, 1], ids=["the command", "one process of it"])
-def test_sigterm_saves_and_ends_with_code_6(place: Path, slow: str, rank: int | None) -> None:
-    with running("--processes", "2", overrides=SLOW) as job:
-        wait_for_step(job, 5)
-        (job if rank is None else workers(job)[rank]).send_signal(signal.SIGTERM)
-        _, err = job.communicate(timeout=100)
-    assert job.returncode == 6, err
-    found = re.search(r"stopped on request; step (\d+) of 60 is saved in runs/one", err)
-    assert found, err
-    assert "Traceback" not in err
-    assert launched("--processes", "2", overrides=SLOW).returncode == 0
-    assert runs.adapter_digest() == slow
 
 
 # ---- without processes
@@ -297,12 +402,25 @@ def test_the_codes_of_a_job() -> None:
 
 
 def test_slurm_runs_the_tasks_of_a_job(unbroken: Path, place: Path) -> None:
-    pytest.importorskip("submitit")
     said = launched("--processes", "2", "--launch", "slurm", "--job", "cluster=local", "--job", "timeout_min=10",
                     XDG_CACHE_HOME=str(place / "cache"))  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert "job " in said.stdout
+    assert said.code == 0, said.err
+    assert "job " in said.out
     assert runs.adapter_digest() == runs.adapter_digest(unbroken / OUTPUT)
+
+
+def test_what_a_slurm_job_is_handed_is_a_list_of_words(place: Path) -> None:
+    """And a folder that others can write into is refused: a job runs what lies in it."""
+    jobs = place / "cache" / "finetune" / "jobs"
+    (jobs / "one").mkdir(parents=True)
+    (jobs / "one").chmod(0o777)
+    with own_process_state({"XDG_CACHE_HOME": str(place / "cache")}):
+        said = finetune("train", "r.yaml", "--processes", "2", "--launch", "slurm", "--job", "cluster=local")
+    assert said.code == 5
+    assert f"{jobs / 'one'}: others can write into this folder, and a job runs what lies in it" in said.err
+    assert not list(jobs.rglob("*.pkl"))
+    dry = finetune("train", "r.yaml", "--processes", "2", "--launch", "slurm", "--dry-run")
+    assert dry.out == f"{sys.executable} -m finetune.jobtask train r.yaml --world 2\n"
 
 
 def test_slurm_without_submitit_names_the_extra(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,70 +19,107 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from finetune.peers import ALONE, deal
+from finetune import sharding
+from finetune.errors import EnvironmentFault
+from finetune.peers import ALONE
+from finetune.schedule import deal
 from tests import runs, tiny
 from tests.peers_worker import CASES, STEPS, steps
+
+WORLDS = (2, 4)
 
 
 @pytest.fixture(scope="module")
 def several(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """What the worker saw as one process (this one), and as 2 and as 4 over gloo on the loopback."""
-    folders = {world: tmp_path_factory.mktemp(f"world-{world}") for world in (1, 2, 4)}
+    out = tmp_path_factory.mktemp("worlds")
     for case in CASES:
-        steps(tiny_base, folders[1] / case, case, ALONE)
-    for world in (2, 4):
-        start(tiny_base, folders[world], world)
-    return folders
+        steps(tiny_base, out / "1" / case, case, ALONE)
+    start(tiny_base, out)
+    return {world: out / str(world) for world in (1, *WORLDS)}
 
 
-def start(base: Path, out: Path, world: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    place |= {"GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.peers_worker", str(base), str(out)]
-    started = [
-        subprocess.Popen(
-            command, env=runs.ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True, cwd=runs.ROOT,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        said = [one.communicate(timeout=250)[1] for one in started]
-    finally:
-        for one in started:
-            one.kill()
-    assert [one.returncode for one in started] == [0] * world, "\n".join(said)
+def start(base: Path, out: Path) -> None:
+    port = free_ports(len(WORLDS))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.peers_worker", str(base), str(out), str(port)]
+    place = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen(
+        [*command, *map(str, WORLDS)], env=runs.ENVIRONMENT | place, stderr=subprocess.PIPE, text=True, cwd=runs.ROOT,
+        start_new_session=True,
+    ) as job:  # fmt: skip
+        try:
+            _, said = job.communicate(timeout=250)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 0, said
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on."""
+    while True:
+        with contextlib.ExitStack() as held:
+            first = held.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with contextlib.suppress(OSError):
+                for number in range(1, count):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port + number))
+                return port
 
 
 def gradients(folder: Path, rank: int) -> list[dict[str, torch.Tensor]]:
-    found: list[dict[str, torch.Tensor]] = [{} for _ in STEPS]
+    found: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in load_file(folder / f"gradients-{rank}.safetensors").items():
         step, _, parameter = name.partition("|")
-        found[int(step)][parameter] = value
-    return found
+        found.setdefault(int(step), {})[parameter] = value
+    return [found[step] for step in sorted(found)]
 
 
-def events(folder: Path, rank: int) -> list[list[float]]:
-    return json.loads((folder / f"events-{rank}.json").read_text())
+def told(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"told-{rank}.json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_gradient_is_that_of_one_process(several: dict[int, Path], world: int, case: str) -> None:
-    alone, told = gradients(several[1] / case, 0), events(several[1] / case, 0)
-    assert len(told) == len(STEPS)
+    alone, events = gradients(several[1] / case, 0), told(several[1] / case, 0)["events"]
+    assert len(alone) == len(events) == (len(STEPS) if CASES[case].objective == "sft" else 2)
+    first = gradients(several[world] / case, 0)
     for rank in range(world):
         mine = gradients(several[world] / case, rank)
         for one, other in zip(mine, alone, strict=True):
             assert tiny.distance(tiny.flat(one), tiny.flat(other)) < 1e-5
-        first = gradients(several[world] / case, 0)
         assert all(tiny.same(one, other) for one, other in zip(mine, first, strict=True)), "bit for bit"
-        for one, other in zip(events(several[world] / case, rank), told, strict=True):
+        for one, other in zip(told(several[world] / case, rank)["events"], events, strict=True):
             assert one[3:] == other[3:], "the numbers are the whole step's"
             assert one[1:3] == pytest.approx(other[1:3], rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shards_change_no_bit(several: dict[int, Path], world: int) -> None:
+    for whole, parts in (("plain", "shards"), ("one pack a step", "shards, one pack a step")):
+        both = zip(gradients(several[world] / whole, 0), gradients(several[world] / parts, 0), strict=True)
+        assert all(tiny.same(one, other) for one, other in both)
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.shard])
+@pytest.mark.parametrize("world", WORLDS)
+def test_each_process_holds_its_part_and_all_answer_as_one(
+    several: dict[int, Path], tiny_base: Path, world: int, case: str
+) -> None:
+    whole = tiny.load(tiny_base, CASES[case].weights).causal_lm.model.layers
+    size = sum(value.numel() * value.element_size() for value in whole.parameters())
+    for rank in range(world):
+        assert told(several[world] / case, rank)["held"] == size / world
+    answer = told(several[world] / case, 0)["answer"]
+    assert answer == told(several[1] / case, 0)["answer"]
+    assert answer
+
+
+def test_a_whole_base_does_not_pass_for_shards(tiny_base: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"layer 0 is not in shards over 2 processes: .* is whole"):
+        sharding.check(tiny.load(tiny_base).causal_lm, 2)
 
 
 @pytest.mark.parametrize("world", [2, 4])

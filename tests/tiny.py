@@ -110,7 +110,7 @@ class Watched:
     def batches(self, examples: Sequence[Example], limit: int) -> list[Batch]:
         return sft.batches(examples, limit)
 
-    def begin(self, policy: Policy, batches: list[Batch]) -> list[Batch]:
+    def begin(self, policy: Policy, batches: list[Batch], each: Any = None) -> list[Batch]:
         return sft.begin(policy, batches)
 
     def loss(self, policy: Policy, batch: Batch) -> StepLoss:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from torch.nn.functional import linear
 
 from finetune.kernels import four_bit
@@ -26,10 +26,16 @@ def dense_weight(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return held.to(dtype)
     weight: Any = layer.weight
     if isinstance(layer, Linear4bit):
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+        return dequantize_4bit(weight.data, _four_bit_state(layer)).to(dtype)  # type: ignore[no-any-return]
     if isinstance(layer, Linear8bitLt):
         return dense_int8(weight.data, _int8_scales(layer), dtype)
     return weight.to(dtype)  # type: ignore[no-any-return]
+
+
+def _four_bit_state(layer: Any) -> Any:
+    """Of a weight that was gathered from shards the layer alone knows it."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if state is None else state
 
 
 def dense_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -63,7 +69,7 @@ class FrozenLinear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes ships 
     """bitsandbytes' 4-bit storage with this module's arithmetic."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda and not torch.is_grad_enabled():
+        if x.is_cuda and not torch.is_grad_enabled() and isinstance(self.weight, Params4bit):
             return super().forward(x)  # type: ignore[no-any-return]  # its fused kernel for single tokens; CUDA never repacks
         return _forward(self, x)
 
@@ -86,8 +92,13 @@ def freeze(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def held_dense(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, every 4-bit weight is dequantised once and kept: for many small products, as in generation."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]
+    """Inside, every 4-bit weight is dequantised once and kept: for many small products, as in generation. Not those
+    of which only a shard is here."""
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, FrozenLinear4bit) and isinstance(module.weight, Params4bit)
+    ]
     try:
         for layer in layers:
             layer.held_dense = dense_weight(layer, layer.weight.quant_state.dtype)
@@ -157,3 +168,15 @@ def hide(model: Any) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, ShownLinear):
             model.set_submodule(name, module.packed)
+
+
+@contextlib.contextmanager
+def contiguous_input(head: torch.nn.Module) -> Iterator[None]:
+    """The last position of every prompt is a strided view, for which torch on a CPU multiplies row by row with a copy
+    of the whole head each: 50 rows of a 49k vocabulary copied 2.8 GB.
+    """
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

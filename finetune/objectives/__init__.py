@@ -7,7 +7,7 @@ into micro-batches gives the same gradient.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,14 +92,25 @@ class StepLoss:
     tallies: Tallies = field(default_factory=dict)
 
 
+Each = Callable[[Sequence[Batch], Callable[[Batch], float]], list[float]]
+"""Batches, and what finds a number of one of them → those numbers, in the batches' order."""
+
+
+def one_by_one(batches: Sequence[Batch], find: Callable[[Batch], float]) -> list[float]:
+    return [find(batch) for batch in batches]
+
+
 class Objective(Protocol):
     """What the loop asks of a file of this folder."""
 
     def batches(self, examples: Sequence[Example], limit: int) -> list[Batch]:
         """A step's samples in micro-batches of at most ``limit`` tokens, or of a single row."""
 
-    def begin(self, policy: Policy, batches: list[Batch]) -> list[Batch]:
-        """What a step must know as a whole before its first gradient, in its batches. Without a graph."""
+    def begin(self, policy: Policy, batches: list[Batch], each: Each = one_by_one) -> list[Batch]:
+        """What a step must know as a whole before its first gradient, in its batches. Without a graph.
+
+        ``each``: how a number of every batch is found, where several processes share that.
+        """
 
     def loss(self, policy: Policy, batch: Batch) -> StepLoss: ...
 
@@ -189,7 +200,7 @@ class Pairs:
             replace(collate([examples[i] for i in pack]), by_row=True) for pack in packs(examples, limit)
         ]  # fmt: skip
 
-    def begin(self, policy: Policy, batches: list[Batch]) -> list[Batch]:
+    def begin(self, policy: Policy, batches: list[Batch], each: Each = one_by_one) -> list[Batch]:
         return batches
 
     def loss(self, policy: Policy, batch: Batch) -> StepLoss:

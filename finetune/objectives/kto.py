@@ -15,10 +15,12 @@ import torch
 
 from finetune.objectives import (
     Batch,
+    Each,
     StepLoss,
     Tallies,
     collate,
     log_probs,
+    one_by_one,
     packs,
     reference_log_probs,
 )
@@ -50,16 +52,15 @@ class Kto:
             for pack in packs(examples, limit)
         ]  # fmt: skip
 
-    def begin(self, policy: Policy, batches: list[Batch]) -> list[Batch]:
-        found, rows = 0.0, 0
-        for batch in batches:
+    def begin(self, policy: Policy, batches: list[Batch], each: Each = one_by_one) -> list[Batch]:
+        def divergence(batch: Batch) -> float:
             assert batch.beside is not None
             beside = batch.beside.to(policy.device)
             with policy.evaluating():
                 ahead = log_probs(policy, beside)
-            found += float((ahead - reference_log_probs(policy, beside)).sum())
-            rows += len(batch.rows)
-        zero = max(0.0, found / rows)
+            return float((ahead - reference_log_probs(policy, beside)).sum())
+
+        zero = max(0.0, sum(each(batches, divergence)) / sum(len(batch.rows) for batch in batches))
         return [replace(batch, zero=zero, beside=None) for batch in batches]
 
     def read(self, policy: Policy, batch: Batch) -> torch.Tensor:

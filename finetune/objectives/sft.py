@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from finetune.kernels import cross_entropy
-from finetune.objectives import Batch, Objective, StepLoss, collate, packs
+from finetune.objectives import Batch, Each, Objective, StepLoss, collate, one_by_one, packs
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
@@ -27,7 +27,7 @@ def batches(examples: Sequence[Example], limit: int) -> list[Batch]:
     return [collate([examples[i] for i in pack]) for pack in packs(examples, limit)]
 
 
-def begin(policy: Policy, batches: list[Batch]) -> list[Batch]:
+def begin(policy: Policy, batches: list[Batch], each: Each = one_by_one) -> list[Batch]:
     return batches
 
 

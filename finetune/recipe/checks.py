@@ -27,6 +27,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _one_of(tree, "train", ("examples_per_step", "tokens_per_step"))
     yield from _train(tree)
     yield from _kernels(tree)
+    yield from _shard(tree)
     yield from _quantize(tree)
     yield from _start(tree)
     yield from judging.check(tree)
@@ -89,6 +90,32 @@ def _train(tree: dict[str, Any]) -> Iterator[Finding]:
 def _kernels(tree: dict[str, Any]) -> Iterator[Finding]:
     if _value(tree, "train", "kernels") == "off" and _value(tree, "train", "compile") is True:
         yield Finding(("train", "compile"), "compiles parts of the kernels, which are off", "remove one of the two")
+
+
+def _shard(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Of a layer in shards nothing can be looked at while the adapter is put on."""
+    if _value(tree, "train", "shard") != "fsdp":
+        return
+    at, adapter = ("train", "shard"), tree.get("adapter")
+    fields = adapter if isinstance(adapter, dict) else {}
+    if tree.get("adapters") is not None:
+        yield Finding(at, "several adapters are trained by one process, which holds the whole base", "remove one")
+    if _value(tree, "objective", "method") == "reward":
+        yield Finding(at, "a reward model's head is new, and no process has it to part", "take shard: none")
+    if _value(tree, "quantize", "weights") == "int8":
+        yield Finding(at, "int8 weights are not put in shards", "take quantize.weights: nf4, or bf16")
+    if fields.get("method", "lora") != "lora":
+        yield Finding(at, f"{shown(fields['method'])} looks at whole layers", "take adapter.method: lora")
+    if fields.get("use_dora") is True:
+        yield Finding(at, "DoRA looks at whole layers", "take use_dora: false")
+    if (word := adapter_methods.start_of(fields)) in (*adapter_methods.OFF_BASE, "eva", "mica"):
+        yield Finding(at, f"init_lora_weights: {word} looks at whole layers", "take true, gaussian or orthogonal")
+    whole = fields.get("modules_to_save")
+    inside = [name for name in whole if name not in ("embed_tokens", "lm_head")] if isinstance(whole, list) else []
+    if inside:
+        yield Finding(
+            at, f"modules_to_save: {shown(inside[0])} is in the layers", "take embed_tokens and lm_head alone"
+        )
 
 
 def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:

@@ -224,6 +224,10 @@ class Train(Section):
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile of the pointwise parts of a layer; auto: nowhere until measured"
     )
+    shard: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="what each of several processes holds of the base: all of it, or with fsdp its part of every layer",
+    )
     save_every: Positive = Field(default=50, description="steps between checkpoints")
     keep_last: Annotated[int, Field(ge=1, le=100_000)] = Field(
         default=2, description="checkpoints kept; older ones are removed"

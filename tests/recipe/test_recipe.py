@@ -96,7 +96,7 @@ def test_list_of_keys_is_frozen() -> None:
     adapter = " ".join([adapter, *(key for key in others if key not in adapter.split())])
     train = (
         "steps epochs examples_per_step tokens_per_step learning_rate schedule warmup optimizer lora_plus_ratio "
-        "weight_decay max_grad_norm max_length micro_batch_tokens recompute kernels compile save_every keep_last "
+        "weight_decay max_grad_norm max_length micro_batch_tokens recompute kernels compile shard save_every keep_last "
         "copy_to seed workers"
     )
     expected: dict[str, str | None] = {

@@ -423,6 +423,39 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
     "output here": (swap("runs/tiny", "."), "r.yaml:23:1: output", "folder of its own"),
     "output root": (swap("runs/tiny", "/"), "r.yaml:23:1: output", "folder of its own"),
     "copy to a folder": (swap("  seed: 7", "  copy_to: runs/copies"), "r.yaml:19:3: train.copy_to", "s3://bucket/runs"),
+    "shards of int8": (
+        lambda text: swap("weights: nf4\n  double: true", "weights: int8")(swap("  seed: 7", "  shard: fsdp")(text)),
+        "r.yaml:18:3: train.shard",
+        "int8 weights are not put in shards; take quantize.weights: nf4",
+    ),
+    "shards under another method": (
+        lambda text: swap("method: lora\n  r: 8\n  lora_alpha: 16", "method: ia3")(
+            swap("  seed: 7", "  shard: fsdp")(text)
+        ),
+        "r.yaml:17:3: train.shard",
+        "'ia3' looks at whole layers",
+    ),
+    "shards under DoRA": (
+        lambda text: swap("  lora_alpha: 16", "  lora_alpha: 16\n  use_dora: true")(
+            swap("  seed: 7", "  shard: fsdp")(text)
+        ),
+        "r.yaml:20:3: train.shard",
+        "DoRA looks at whole layers",
+    ),
+    "shards under a start off the base": (
+        lambda text: swap("  lora_alpha: 16", "  lora_alpha: 16\n  init_lora_weights: pissa")(
+            swap("  seed: 7", "  shard: fsdp")(text)
+        ),
+        "r.yaml:20:3: train.shard",
+        "init_lora_weights: pissa looks at whole layers",
+    ),
+    "shards of a module that is trained whole": (
+        lambda text: swap("  lora_alpha: 16", "  lora_alpha: 16\n  modules_to_save: [norm]")(
+            swap("  seed: 7", "  shard: fsdp")(text)
+        ),
+        "r.yaml:20:3: train.shard",
+        "modules_to_save: 'norm' is in the layers",
+    ),
     "copy with a password": (
         swap("  seed: 7", "  copy_to: sftp://me:geheim@host/runs"),
         "r.yaml:19:3: train.copy_to",

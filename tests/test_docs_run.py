@@ -248,6 +248,8 @@ ELSEWHERE = {
     "docs/evaluating.md": "a judge of one's own: tests/evals/test_command.py runs it as that page's example",
 }
 """Pages whose Python is not run here."""
+BEFORE = {"docs/objectives.md": ("train", "recipes/dates-reward.yaml")}
+"""What a page's commands have made when its Python runs."""
 
 
 @pytest.fixture
@@ -293,6 +295,9 @@ def test_python_runs(
     block: Block, place: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = block.text
+    if block.page in BEFORE:
+        said = finetune(*BEFORE[block.page])
+        assert said.code == 0, said.err
     if "openai" in text:
         pytest.importorskip("openai", reason="the openai client is not installed (extra dev)")
         text = text.replace(":8000/", f":{request.getfixturevalue('served')}/")

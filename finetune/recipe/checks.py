@@ -102,6 +102,8 @@ def _shard(tree: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(at, "several adapters are trained by one process, which holds the whole base", "remove one")
     if _value(tree, "objective", "method") == "reward":
         yield Finding(at, "a reward model's head is new, and no process has it to part", "take shard: none")
+    if _value(tree, "objective", "method") == "distill":
+        yield Finding(at, "a teacher stands on a whole base", "take shard: none")
     if _value(tree, "quantize", "weights") == "int8":
         yield Finding(at, "int8 weights are not put in shards", "take quantize.weights: nf4, or bf16")
     if fields.get("method", "lora") != "lora":

@@ -25,7 +25,7 @@ class Word(NamedTuple):
 
 _SAMPLES = "it learns from answers that it samples as it goes, and that something scores"
 _REWARD = "it trains a model that scores answers, which is written by hand so far (objective.method: reward)"
-_TEACHER = "it learns from a teacher's probabilities"
+_TEACHER = "it learns from a teacher, which is written by hand so far (objective.method: distill)"
 METHODS = {
     "sft": Word("sft"), "pt": Word("sft"),
     "dpo": Word("dpo"), "ipo": Word("dpo"), "orpo": Word("orpo"), "simpo": Word("simpo"), "kto": Word("kto"),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from finetune import evals, optimizer
+from finetune import evals, forms, optimizer
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.hardware import CONTEXT, Hardware
 from finetune.kernels.causal_attention import ROWS
@@ -96,14 +96,9 @@ def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape, 
     """Bytes of the frozen base: the linears in their number format, everything else in the compute dtype."""
     linear = shape.linear_parameters()
     rest = shape.parameters() - linear
-    if weights in ("nf4", "fp4"):
-        # Per 64 weights one scale: fp32, or 8 bits and one fp32 per 256 scales (Dettmers et al. 2023, section 3), which
-        # loading decodes on a CPU.
-        per_weight = 0.5 + (1 / 64 + 4 / (64 * 256) if double and device != "cpu" else 4 / 64)
-    elif weights == "int8":
-        per_weight = 1.0 + 4 / shape.hidden
-    else:
-        per_weight = float(BYTES[compute])
+    per_weight = float(BYTES[compute])
+    if forms.is_packed(weights):
+        per_weight = forms.get(weights).bytes_per_weight(weights, shape, double=double, device=device)
     return int(linear * per_weight + rest * BYTES[compute])
 
 
@@ -267,7 +262,7 @@ def _generation_bytes(need: Need) -> int:
     recipe, shape, load, width = need.recipe, need.shape, need.load, BYTES[need.compute]
     if not set(recipe.evaluate.metrics) & set(evals.ANSWERED) or (load and not load.generated_rows):
         return 0
-    packed = recipe.quantize.weights in ("nf4", "fp4")
+    packed = recipe.quantize.weights in forms.HELD
     dense = width * shape.linear_parameters() if need.hardware.device == "cpu" and packed else 0
     prompt = load.longest_prompt if load else recipe.train.max_length
     rows = min(recipe.evaluate.batch_rows, load.generated_rows) if load else recipe.evaluate.batch_rows

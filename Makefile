@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BASE := data/bases/smollm2-135m-instruct
 
-.PHONY: quickstart test coverage setup base tiny-base lint types docs-check capabilities test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-loss bench-data bench-merge bench-plan notebooks site pictures clean
+.PHONY: quickstart test coverage setup base tiny-base lint types docs-check capabilities test-real test-gpu test-kill test-recipes rehearsal-14b bench bench-gpu bench-scaling bench-forms bench-loss bench-data bench-merge bench-plan notebooks site pictures clean
 
 quickstart: base
 	@began=$$(date +%s) && \
@@ -99,6 +99,9 @@ bench-gpu: setup
 # Cost over 2 to 32 times the work, and its picture.
 bench-scaling: base
 	$(RUN)/python benchmarks/scaling.py
+
+bench-forms: base
+	$(RUN)/python benchmarks/forms.py
 
 bench-data: base
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c requirements.lock

@@ -31,6 +31,7 @@ from benchmarks.cells import CHECKS, WORKS, Row, attempt, rows  # noqa: E402
 from finetune import hardware  # noqa: E402
 from finetune.recipe import adapter_methods  # noqa: E402
 from finetune.runfolder import write_json  # noqa: E402
+from tests import packing  # noqa: E402
 
 MATRIX = ROOT / "docs" / "capabilities.json"
 PAGE = ROOT / "docs" / "capabilities.md"
@@ -39,6 +40,9 @@ KEPT = ROOT / "runs" / "capabilities" / "cells.json"
 _NEEDED = ("train", "resume", "export")
 """Without one of these a method is refused; one that only cannot be merged is trained with a remark."""
 _SIGNS = {WORKS: "✓", "refused": "–", "fails": "✗"}
+
+_BASES = {"bf16": "bfloat16", "gptq": "gptq", "awq": "awq"}
+"""The tiny base that a form is tried on, where it is not the one in fp32."""
 
 Matrix = dict[str, dict[str, dict[str, str]]]
 """name → base → check → verdict"""
@@ -149,7 +153,7 @@ def _try(name: str, base: str, scratch: Path) -> tuple[str, str, dict[str, str]]
     folder = scratch / f"{os.getpid()}"
     if not hasattr(hardware.detect, "cache_info"):  # measuring this machine's speed anew takes half of a cell's time
         hardware.detect = functools.cache(hardware.detect)  # type: ignore[assignment]
-    return name, base, attempt(row, base, scratch / ("bfloat16" if base == "bf16" else "float32"), folder)
+    return name, base, attempt(row, base, scratch / _BASES.get(base, "float32"), folder)
 
 
 def try_all(asked: list[tuple[Row, str]], known: Matrix) -> Matrix:
@@ -161,6 +165,8 @@ def try_all(asked: list[tuple[Row, str]], known: Matrix) -> Matrix:
         scratch = Path(folder)
         for dtype in ("float32", "bfloat16") if left else ():
             tiny_base.build(scratch / dtype, dtype=dtype)
+        for kind in ("gptq", "awq") if left else ():
+            packing.pack_base(scratch / "float32", scratch / kind, kind)
         with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
             waiting = [pool.submit(_try, row.name, base, scratch) for row, base in left]
             for at, done in enumerate(as_completed(waiting), 1):

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from finetune import certify, manifest, merge, pipeline, trained, whole
+from finetune import certify, forms, loading, manifest, merge, pipeline, shards, trained, whole
 from finetune.errors import FinetuneError
-from finetune.kernels import frozen_linear
 from finetune.recipe import adapter_fields, adapter_methods, adapter_source, yamlfile
 from finetune.terminal import Terminal
 from finetune.trained import Trained
@@ -215,14 +214,27 @@ class _Cell:
 def _plain_base(given: Trained) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if given.form.weights in forms.STORED:  # plain transformers reads such a folder with its library alone
+        return _dequantised(given).eval()
     model = AutoModelForCausalLM.from_pretrained(given.base.folder, dtype=torch.float32, attn_implementation="sdpa")
     if given.is_quantised():
+        word = given.form.weights
         dtype = torch.float32 if given.form.compute == "fp32" else torch.bfloat16
         for name in merge.quantised_names(given.base):
             weight = model.get_parameter(name)
-            acts = frozen_linear.replay(weight.data.to(dtype), given.form.weights, given.form.double)
+            acts = forms.get(word).replay(word, weight.data.to(dtype), double=given.form.double)
             weight.data = acts.float()
     return model.eval()
+
+
+def _dequantised(given: Trained) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given.base.config), attn_implementation="sdpa")
+    with shards.Reader(given.base) as reader:
+        acts = {name: reader.tensor(name).to(loading.DTYPES[given.form.compute]).float() for name in given.base.tensors}
+    model.float().load_state_dict(acts, strict=not given.base.shape.tied)
+    return model
 
 
 def _recipe(row: Row, weights: str, base: Path, folder: Path) -> dict[str, Any]:

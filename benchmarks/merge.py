@@ -46,9 +46,9 @@ def build(folder: Path, name: str) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from finetune.headers import Tensor
+    from finetune.headers import Tensor, header_of
     from finetune.runfolder import json_bytes
-    from finetune.shards import ShardWriter, header_of
+    from finetune.shards import ShardWriter
 
     hidden, width, layers = SIZES[name]
     base, adapter = folder / "base", folder / "adapter"

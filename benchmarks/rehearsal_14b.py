@@ -123,7 +123,8 @@ def _shard(path: Path, group: dict[str, Any], seed: int, *, sparse: bool) -> Non
 
     import torch
 
-    from finetune.shards import ShardWriter, header_of
+    from finetune.headers import header_of
+    from finetune.shards import ShardWriter
 
     header = header_of(group)
     if sparse:

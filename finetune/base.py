@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import families, headers, manifest, tokens
-from finetune.decoder import SCORE, DecoderShape, is_scored
+from finetune import families, forms, headers, manifest, packed, tokens
+from finetune.decoder import SCORE, DecoderShape, Packing, is_scored
 from finetune.errors import Fault, ModelError
 from finetune.families import qwen1
 from finetune.headers import Tensor
 from finetune.runfolder import read_json
 
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_OF_PACKED = {"quantization_config", "torch_dtype"}
+"""Keys of a packed base's config that its matrices have no use for."""
 ORIGIN = "original"
 """Sub-folder of a converted base that keeps the small files of the original layout."""
 HEADERS = "headers.json"
@@ -30,7 +32,8 @@ HEADERS = "headers.json"
 class Base:
     """A base folder whose files hold together.
 
-    ``config`` and the names in ``tensors`` are native, whatever the layout on the disk; ``origin`` is the original
+    ``config`` and the names in ``tensors`` are native, whatever the layout on the disk, and packed linears (``packing``
+    of the shape) stand there as the matrices that they are; ``origin`` is the original
     Qwen's own config where the folder is in its layout or was converted from it.
     """
 
@@ -45,7 +48,7 @@ class Base:
 
     @property
     def shards(self) -> list[str]:
-        return sorted({tensor.shard for tensor in self.tensors.values()})
+        return sorted({part.shard for one in self.tensors.values() for part in (one, *one.parts.values())})
 
     @property
     def piecewise(self) -> bool:
@@ -92,7 +95,13 @@ def inspect(folder: Path, rope: str | None = None, *, weights_only: bool = False
     family = families.get(stored.get("model_type", ""), folder / "config.json")
     layout = "original" if stored["model_type"] == qwen1.MODEL_TYPE else "native"
     tensors, faults = headers.read_folder(folder)
+    packing = forms.packing_of(stored, str(folder / "config.json"))
+    if packing is not None:
+        stored = {key: value for key, value in stored.items() if key not in _OF_PACKED} | {"dtype": "bfloat16"}
     config, shape, origin = _numbers(folder, stored, layout, rope, _dtype(tensors))
+    shape = replace(shape, packing=packing)
+    if packing is not None and not faults:
+        tensors, faults = packed.as_matrices(folder, shape, tensors)
     if layout == "original" and not faults:
         tensors, faults = _as_native(folder, shape, tensors)
     if not faults:
@@ -105,7 +114,7 @@ def inspect(folder: Path, rope: str | None = None, *, weights_only: bool = False
         raise ModelError.of(faults)
     return Base(
         folder=folder, layout=layout, config=config, shape=shape, tensors=tensors, stop_token=stop_token,
-        notes=_notes(stored, layout), origin=origin,
+        notes=_notes(stored, layout, packing), origin=origin,
     )  # fmt: skip
 
 
@@ -138,8 +147,11 @@ def refuse_scorer(folder: Path, doing: str) -> None:
         raise ModelError(what, str(folder), "score rows with it (finetune predict), or judge pairs (finetune eval)")
 
 
-def _notes(stored: dict[str, Any], layout: str) -> tuple[str, ...]:
+def _notes(stored: dict[str, Any], layout: str, packing: Packing | None) -> tuple[str, ...]:
     notes = []
+    if packing is not None:
+        size = f"groups of {packing.group}" if packing.group else "whole rows"
+        notes.append(f"the base is packed by {packing.kind} in 4 bits, {size}: read as it is, without its library")
     if "auto_map" in stored:
         notes.append("config.json names remote code (auto_map): ignored, nothing from the folder is executed")
     if layout == "original":
@@ -201,10 +213,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"config.json cannot be read: {error}", str(path), "fetch the file again") from None
     if not isinstance(config, dict):
         raise ModelError("config.json is not a JSON object", str(path), "fetch the file again")
-    if "quantization_config" in config:
-        raise ModelError(
-            "the base is already quantised", str(path), "use the full-precision model; `quantize:` makes the 4-bit form"
-        )
     return config
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from finetune import evals, optimizer
+from finetune import evals, forms, optimizer
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.hardware import CONTEXT, Hardware
 from finetune.kernels.causal_attention import ROWS
@@ -92,6 +92,8 @@ class Load:
     """Entries of the tokenizer; 0: as many as the model has rows."""
 
 
+_CODES = 0.5
+"""Bytes of a 4-bit weight without its scales."""
 _IN_FLIGHT = 3
 """Layers that are whole at once where the rest is in shards: the one in use, and the next one twice while it is
 gathered, in the buffer that arrives and in its own place."""
@@ -104,16 +106,12 @@ def weight_bytes(weights: str, double: bool, compute: str, shape: DecoderShape, 
     """
     linear = shape.linear_parameters()
     rest = shape.parameters() - linear
-    if weights in ("nf4", "fp4"):
-        # Per 64 weights one scale: fp32, or 8 bits and one fp32 per 256 scales (Dettmers et al. 2023, section 3), which
-        # loading decodes on a CPU.
-        per_weight, scale = 0.5, 1 / 64 + 4 / (64 * 256) if double and device != "cpu" else 4 / 64
-    elif weights == "int8":
-        per_weight, scale = 1.0, 4 / shape.hidden
-    else:
-        per_weight, scale = float(BYTES[compute]), 0.0
+    per_weight = float(BYTES[compute])
+    if forms.is_packed(weights):
+        per_weight = forms.get(weights).bytes_per_weight(weights, shape, double=double, device=device)
+    parted = _CODES if weights in forms.MEASURED else per_weight
     held = 1.0 if shards == 1 else min(1.0, 1 / shards + _IN_FLIGHT / shape.layers)
-    return int(linear * (per_weight * held + scale) + rest * BYTES[compute])
+    return int(linear * (parted * held + per_weight - parted) + rest * BYTES[compute])
 
 
 def layer_bytes(shape: DecoderShape, compute: str, *, kernels: bool, device: str, longest: int) -> tuple[int, int]:
@@ -280,7 +278,7 @@ def _generation_bytes(need: Need) -> int:
     recipe, shape, load, width = need.recipe, need.shape, need.load, BYTES[need.compute]
     if not set(recipe.evaluate.metrics) & set(evals.ANSWERED) or (load and not load.generated_rows):
         return 0
-    packed = recipe.quantize.weights in ("nf4", "fp4")
+    packed = recipe.quantize.weights in forms.HELD
     dense = width * shape.linear_parameters() if need.hardware.device == "cpu" and packed else 0
     prompt = load.longest_prompt if load else recipe.train.max_length
     rows = min(recipe.evaluate.batch_rows, load.generated_rows) if load else recipe.evaluate.batch_rows

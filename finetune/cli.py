@@ -228,6 +228,8 @@ def _quiet_libraries() -> None:
     """Chatter of the libraries below that a user can do nothing about. Errors stay errors: they are raised."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # lengths are judged here
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # binaries for cards that are not here
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao does at its import
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs what it raises
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Nothing is written into a layer's output; it would end in an error, since its weights stayed in shards.

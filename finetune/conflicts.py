@@ -50,6 +50,7 @@ EXTRAS = {
     "mlflow": "`tracker: mlflow`",
     "slurm": "`finetune train --launch slurm`",
     "deepspeed": "nothing yet: no verb uses it",
+    "torchao": "`quantize.weights: torchao_int8`",
     "docs": "`make site`: the pages of docs/ and the API, rendered",
     "notebooks": "the notebooks, executed",
     "bench": "the peers that benchmarks measure against",

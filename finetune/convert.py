@@ -77,6 +77,9 @@ def _from_pickles(source: Path, out: Path, layout: str, terminal: Terminal) -> N
 
 def _write(base: Base, out: Path, layout: str, terminal: Terminal, *, consumed: bool = False) -> None:
     layouts.refuse_impossible(base, layout)
+    if base.shape.packing:
+        what = f"a {base.shape.packing.kind} base has one layout alone"
+        raise ModelError(what, str(base.folder), "train over it as it is; a merge dequantises it")
     if not consumed:
         _check_room(out, bases.stored_bytes(base.tensors))
     for note in base.notes:

@@ -29,8 +29,22 @@ _SCORED = "ForSequenceClassification"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a folder's linears lie in 4 bits. ``kind``: of ``forms``; ``group``: inputs that share a scale and a zero, 0
+    for all of a row; ``biased_zeros``: each zero is stored less one."""
+
+    kind: str
+    group: int
+    biased_zeros: bool
+
+    def groups(self, inside: int) -> int:
+        """How many there are in a row of so many inputs."""
+        return -(-inside // self.group) if self.group else 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderShape:
-    """The numbers of a decoder that decide its tensors and its cost."""
+    """The numbers of a decoder that decide its tensors and its cost. ``packing``: of its folder, where it has one."""
 
     family: str
     hidden: int
@@ -44,6 +58,7 @@ class DecoderShape:
     max_positions: int
     biased: tuple[str, ...]
     qk_norm: bool
+    packing: Packing | None = None
     scored: bool = False
     """Whether it has a score head in place of a head over the vocabulary: a reward model."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from finetune import dataset, hardware, prepare, proposal, survey
 from finetune.errors import DataError, EnvironmentFault, RecipeError
 from finetune.plan import Plan
-from finetune.proposal import FORMS, HELD_OUT, STEPS, Form, Model, Numbers
+from finetune.proposal import HELD_OUT, STEPS, Form, Model, Numbers
 from finetune.report import plan_lines
 from finetune.runfolder import disk_fault, remove, sync_folder, write_synced
 from finetune.survey import Survey
@@ -61,7 +61,7 @@ def write(
     refuse_existing(out)
     device = "cuda" if card else hardware.detect().device
     refused: EnvironmentFault | None = None
-    for form in FORMS[device]:
+    for form in proposal.forms_of(model, device):
         found = proposal.derive(rows, model)
         recipe = "\n".join(_lines(data, rows, model, form, found, out)) + "\n"
         try:

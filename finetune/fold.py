@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from finetune.kernels import four_bit, frozen_linear
+from finetune import forms
 from finetune.loading import DTYPES, BaseForm
 from finetune.shards import Rows
 
@@ -107,11 +107,11 @@ class Folding:
     def rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A tensor that changes, in row blocks; ``dtype``: that of the base's."""
         fold = self.folds[name]
-        scales = self._scales(rows) if fold.replay or fold.correct else None
-        correction = self._correction(name, rows, fold.correct, scales) if fold.correct else None
+        settled = self._settled(rows) if fold.replay or fold.correct else None
+        correction = self._correction(name, rows, fold.correct, settled) if fold.correct else None
 
         def made(start: int, stop: int) -> torch.Tensor:
-            found = self._folded(name, rows, slice(start, stop), scales, correction)
+            found = self._folded(name, rows, slice(start, stop), settled, correction)
             changed = fold.lora_a or fold.correct
             return dithered(found, f"{name}:{start}") if changed and dtype == torch.bfloat16 else found.to(dtype)
 
@@ -137,7 +137,7 @@ class Folding:
         return [name for name, fold in self.folds.items() if (fold.lora_a or fold.rows) and name not in self._norms]
 
     def _folded(
-        self, name: str, rows: Rows, at: slice, scales: torch.Tensor | None, correction: Pair | None
+        self, name: str, rows: Rows, at: slice, settled: torch.Tensor | None, correction: Pair | None
     ) -> torch.Tensor:
         """Rows of a base tensor with their share of the adapter, fp32."""
         fold = self.folds[name]
@@ -145,7 +145,7 @@ class Folding:
             return self.weights[fold.replacement][at].float()
         block = rows.read(at.start, at.stop)
         if fold.replay:
-            block = self._replayed(block, at.start, scales)
+            block = self._replayed(block, at.start, settled)
         block = block.to(torch.float32, copy=True)
         if correction is not None:
             block.addmm_(correction[0][at], correction[1])
@@ -156,14 +156,15 @@ class Folding:
         self._norms.setdefault(name, {})[at.start] = change, norm
         return after
 
-    def _replayed(self, block: torch.Tensor, start: int, scales: torch.Tensor | None) -> torch.Tensor:
+    def _replayed(self, block: torch.Tensor, start: int, settled: torch.Tensor | None) -> torch.Tensor:
         """Base rows from ``start`` on, as they acted in training."""
         block = self._held(block)
-        begin = start * (block.numel() // len(block)) // four_bit.BLOCK
-        part = None if scales is None else scales[begin : begin - (-block.numel() // four_bit.BLOCK)]
-        return frozen_linear.replay(block, self.form.weights, self.form.double, part)
+        word = self.form.weights
+        if not forms.is_packed(word):
+            return block
+        return forms.get(word).replay(word, block, double=self.form.double, start=start, settled=settled)
 
-    def _correction(self, name: str, rows: Rows, rank: int, scales: torch.Tensor | None) -> Pair:
+    def _correction(self, name: str, rows: Rows, rank: int, settled: torch.Tensor | None) -> Pair:
         """Quantisation's change of a matrix, at a low rank: B [out, rank], A [rank, in], fp32.
 
         Its nearest one (Eckart and Young 1936) by a randomised SVD (Halko et al. 2011, algorithms 4.4 and 5.1), whose
@@ -172,7 +173,7 @@ class Folding:
         change = torch.empty(rows.shape)
         for start, stop in rows.bounds():
             block = rows.read(start, stop)
-            change[start:stop] = self._replayed(block, start, scales).float() - block.float()
+            change[start:stop] = self._replayed(block, start, settled).float() - block.float()
         rank = min(rank, *rows.shape)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(name) >> 65)
@@ -184,12 +185,14 @@ class Folding:
         compute = DTYPES[self.form.compute]
         return block.to(DTYPES.get(self.form.weights, compute)).to(compute)
 
-    def _scales(self, rows: Rows) -> torch.Tensor | None:
+    def _settled(self, rows: Rows) -> torch.Tensor | None:
         """What quantising a part must know of the whole tensor."""
-        if self.form.weights not in ("nf4", "fp4"):
+        word = self.form.weights
+        if word not in forms.MEASURED:
             return None
-        found = self._side_by_side(lambda start, stop: four_bit.block_maxima(self._held(rows.read(start, stop))), rows)
-        return four_bit.scales_of(torch.cat(list(found)), double=self.form.double)
+        form = forms.measured(word)
+        found = self._side_by_side(lambda start, stop: form.measure(self._held(rows.read(start, stop))), rows)
+        return form.settle(torch.cat(list(found)), double=self.form.double)
 
     def _side_by_side(self, made: Callable[[int, int], torch.Tensor], rows: Rows) -> Iterator[torch.Tensor]:
         """The row blocks in their order, a few of them ahead of who takes them."""

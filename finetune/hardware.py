@@ -278,11 +278,14 @@ CODEC = 1
 """The version of the arithmetic in ``kernels/four_bit``; a base packed before it had one was bitsandbytes'."""
 
 
-def environment(hardware: Hardware) -> dict[str, str | int]:
-    """What a run's bits depend on besides recipe, data and base (each was measured to change them)."""
+def environment(hardware: Hardware, *more: str) -> dict[str, str | int]:
+    """What a run's bits depend on besides recipe, data and base (each was measured to change them).
+
+    ``more``: packages that only its form of the base hangs on.
+    """
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", *more)
     return {
         "device": hardware.device,
         "device_name": hardware.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,8 @@ _LIMIT = 100 * 1024 * 1024
 class Tensor:
     """Where one tensor lies. ``stored``: its name in the shard, where it is another; ``rows``: the part of that tensor
     which is this one, where it is not all of it; ``start``: the shard's byte at which what is stored begins; ``made``:
-    no file holds it yet, it is all zeros."""
+    no file holds it yet, it is all zeros. ``parts``: of a packed one, the stored tensors by their last names; ``dtype``
+    is then what a merge writes."""
 
     shard: str
     dtype: str
@@ -29,6 +31,7 @@ class Tensor:
     rows: tuple[int, int] | None = None
     start: int = field(default=0, compare=False)
     made: bool = False
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -114,3 +117,15 @@ def read(path: Path) -> dict[str, Tensor]:
     if size != whole:
         raise ValueError(f"it has {size} bytes where its header says {whole}: the download was cut off")
     return tensors
+
+
+def header_of(layout: Mapping[str, Tensor]) -> bytes:
+    """The header of a shard that holds these tensors in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in layout.items():
+        length = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)

@@ -6,7 +6,6 @@ files there); quantising and moving to the device follow at once, so that memory
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import weakref
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 
-from finetune import hardware, layouts
+from finetune import forms, hardware, layouts
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, Fault, ModelError
-from finetune.kernels import four_bit, frozen_linear, logn
+from finetune.kernels import logn
+from finetune.kernels.frozen_linear import PackedLinear
 from finetune.shards import Reader
 
 _PIECE = 1 << 22
@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class BaseForm:
-    """How the frozen base is held. ``weights``: nf4, fp4, int8, bf16, fp16, fp32; ``compute``: bf16, fp16, fp32."""
+    """How the frozen base is held. ``weights``: a word of ``forms``, or bf16, fp16, fp32; ``compute``: one of those."""
 
     weights: str
     double: bool
@@ -56,6 +56,18 @@ class Source:
     def tensors(self) -> dict[str, Any]:
         return {name: _Lazy(self, name, tensor.dtype, tensor.shape) for name, tensor in self._base.tensors.items()}
 
+    def parameter(self, name: str, device: str) -> torch.nn.Parameter:
+        """One tensor on its device, frozen."""
+        return torch.nn.Parameter(self.read(name).to(device, self._dtype), requires_grad=False)
+
+    def held(self, name: str, form: BaseForm) -> Any:
+        """One matrix as ``frozen_linear.PackedLinear`` holds it."""
+        if form.weights in forms.MADE:
+            return forms.made(form.weights).pack(self.read(name).to(form.device, self._dtype))
+        held = self._reader.packed(name).to(form.device)
+        self._tell(self._base.tensors[name].bytes)
+        return held
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor; one that is not finite in the dtype that it will have would train on without a word."""
         place = self._base.tensors[name]
@@ -70,11 +82,14 @@ class Source:
         if not _finite(value, self._dtype):
             what = f"tensor {place.stored or name} holds NaN or infinity"
             self._faults.append(Fault(what, str(self._base.folder / place.shard), "fetch the base again"))
+        self._tell(place.bytes)
+        return value
+
+    def _tell(self, count: int) -> None:
         with self._lock:
-            self._done += place.bytes
+            self._done += count
             if self._progress:
                 self._progress(self._done, self._total)
-        return value
 
     def refuse_faults(self) -> None:
         """Raise ModelError with what was wrong in the tensors read so far."""
@@ -118,24 +133,11 @@ def load(
         ModelError: tensors missing, of another shape, or not finite.
         EnvironmentFault: the device's memory is too small.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     dtype = DTYPES[form.compute if form.weights not in DTYPES else form.weights]
     with Reader(base) as reader:
         source = Source(reader, base, dtype, progress, change)
         try:
-            config = library_config(base)
-            model, report = class_of(base, config).from_pretrained(
-                None,
-                config=config,
-                state_dict=source.tensors(),
-                dtype=dtype,
-                quantization_config=quantization(form),
-                device_map={"": form.device},
-                attn_implementation=logn.register() if base.config.get("logn_from") else "sdpa",
-                output_loading_info=True,
-            )
+            model = (_packed if forms.by_hand(form.weights) else _loaded)(base, form, source, dtype)
         except torch.OutOfMemoryError as error:
             where, what = str(base.folder), f"out of memory while loading the base: {error}"
             raise EnvironmentFault(what, where, "see plan") from None
@@ -143,13 +145,9 @@ def load(
             source.refuse_faults()
             raise ModelError(f"the base does not load: {error}", str(base.folder), "run `finetune plan`") from None
         source.refuse_faults()
-    problems = {key: sorted(map(str, report[key])) for key in ("missing_keys", "mismatched_keys") if report.get(key)}
-    if problems:
-        raise ModelError(f"the base did not load whole: {problems}", str(base.folder), "fetch it again")
     if form.weights in DTYPES and form.compute != form.weights:
         model = model.to(DTYPES[form.compute])
     model.requires_grad_(False)
-    frozen_linear.freeze(model)
     settle(model, base)
     return model
 
@@ -172,6 +170,64 @@ def class_of(base: Base, config: Any) -> Any:
     return kinds[type(config)]
 
 
+def _loaded(base: Base, form: BaseForm, source: Source, dtype: torch.dtype) -> Any:
+    """By transformers' own loader, which makes bitsandbytes' layers too."""
+    from transformers.utils import logging
+
+    from finetune.forms import bitsandbytes
+
+    logging.disable_progress_bar()
+    config = library_config(base)
+    packed = forms.is_packed(form.weights)
+    model, report = class_of(base, config).from_pretrained(
+        None,
+        config=config,
+        state_dict=source.tensors(),
+        dtype=dtype,
+        quantization_config=bitsandbytes.settings(form.weights, form.double, dtype) if packed else None,
+        device_map={"": form.device},
+        attn_implementation=attention(base),
+        output_loading_info=True,
+    )
+    source.refuse_faults()
+    problems = {key: sorted(map(str, report[key])) for key in ("missing_keys", "mismatched_keys") if report.get(key)}
+    if problems:
+        raise ModelError(f"the base did not load whole: {problems}", str(base.folder), "fetch it again")
+    bitsandbytes.freeze(model)
+    return model
+
+
+def attention(base: Base) -> str:
+    return logn.register() if base.config.get("logn_from") else "sdpa"
+
+
+def _empty(base: Base) -> Any:
+    """The library's model without weights."""
+    from accelerate import init_empty_weights
+
+    config = library_config(base)
+    with init_empty_weights():
+        return class_of(base, config)._from_config(config, attn_implementation=attention(base))
+
+
+def _packed(base: Base, form: BaseForm, source: Source, dtype: torch.dtype) -> Any:
+    """Tensor by tensor: layers' linears packed, or as they lie packed in the folder, all else in the compute dtype."""
+    model = _empty(base)
+    for name, module in list(model.named_modules()):
+        if (weight := f"{name}.weight") in base.tensors and isinstance(module, torch.nn.Linear) and ".layers." in name:
+            bias = source.parameter(f"{name}.bias", form.device) if module.bias is not None else None
+            model.set_submodule(name, PackedLinear(source.held(weight, form), bias, dtype))
+    for name, _ in list(model.named_parameters()):
+        if name in base.tensors:
+            owner, _, last = name.rpartition(".")
+            if model.get_parameter(name).is_meta:
+                setattr(model.get_submodule(owner), last, source.parameter(name, form.device))
+    model.tie_weights()
+    model.model.rotary_emb.to(form.device)
+    model.config.dtype = dtype
+    return model.eval()
+
+
 def library_config(base: Base) -> Any:
     """The library's own config of a base. Raises ModelError with what it does not accept."""
     from transformers import AutoConfig
@@ -188,13 +244,7 @@ def streamed(base: Base, form: BaseForm, change: Change | None = None) -> Any:
 
     For proofs on a machine that a merged model does not fit. Slow for generation, where every token reads it all.
     """
-    from accelerate import init_empty_weights
-
-    config = library_config(base)
-    attention = logn.register() if base.config.get("logn_from") else "sdpa"
-    with init_empty_weights():
-        model = class_of(base, config)._from_config(config, attn_implementation=attention)
-    reader = Reader(base)
+    model, reader = _empty(base), Reader(base)
     weakref.finalize(model, reader.close)
     head = model.score if base.shape.scored else model.lm_head
     units = [model.model.embed_tokens, *model.model.layers, model.model.norm, head]
@@ -233,63 +283,3 @@ def _emptied(unit: torch.nn.Module, inputs: Any, output: Any) -> None:
         owner, _, last = name.rpartition(".")
         empty = torch.empty_like(value, device="meta")
         setattr(unit.get_submodule(owner), last, torch.nn.Parameter(empty, requires_grad=False))
-
-
-def quantization(form: BaseForm) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if form.weights in ("nf4", "fp4"):
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=form.weights,
-            bnb_4bit_use_double_quant=form.double,
-            bnb_4bit_compute_dtype=DTYPES[form.compute],
-        )
-        config.quant_method = _own_codec()
-        return config
-    return BitsAndBytesConfig(load_in_8bit=True) if form.weights == "int8" else None
-
-
-def pack(weight: torch.Tensor, layer: Any) -> Any:
-    """A weight [out, in], on its device and in the compute dtype, as the parameter of a 4-bit linear that is empty."""
-    empty = layer.weight
-    double, blocksize = empty.compress_statistics, empty.blocksize
-    packed = four_bit.quantize(weight, empty.quant_type, double=double, blocksize=blocksize)
-    if weight.device.type == "cpu":  # decoding the scales twice a step is 4 % of a small model's time
-        packed = packed.with_decoded_scales()
-    return four_bit.parameter(packed, layer)
-
-
-@functools.cache
-def _own_codec() -> str:
-    """Make a 4-bit quantiser known to transformers under the returned name: bitsandbytes' layers, our packed weights.
-
-    By its public registry. The name only chooses the class: once made, it calls itself bitsandbytes again, which is
-    what PEFT, accelerate and a saved config ask for.
-    """
-    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-    from transformers.quantizers import register_quantizer
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-    from transformers.utils.quantization_config import QuantizationMethod
-
-    class Pack(Bnb4bitQuantize):  # type: ignore[misc]  # the library ships no types
-        """Called with one tensor at a time, on its device and in the compute dtype."""
-
-        def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **__: Any) -> dict[str, Any]:
-            made = {}
-            for name, value in input_dict.items():
-                layer = model.get_submodule(name.rpartition(".")[0])
-                made[name] = pack(value[0] if isinstance(value, list) else value, layer)
-                layer._is_hf_initialized = True  # the loader's mark: do not fill it at random
-            return made
-
-    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # the library ships no types
-        def __init__(self, config: Any, **rest: Any) -> None:
-            config.quant_method = QuantizationMethod.BITS_AND_BYTES
-            super().__init__(config, **rest)
-
-        def get_quantize_ops(self) -> Any:
-            return Pack(self)
-
-    register_quantizer("finetune_4bit")(Quantizer)
-    return "finetune_4bit"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finetune import shards
+from finetune import forms, shards
 from finetune.base import Base
 from finetune.errors import Fault, ModelError
 from finetune.fold import WORKERS, Fold, Folding
@@ -45,7 +45,9 @@ class FoldPlan:
         replayed = sum(fold.replay for fold in self.folds.values())
         whole = sum(bool(fold.replacement) for fold in self.folds.values())
         first = f"{folded} tensors get their LoRA update, {whole} are replaced whole"
-        base = f"{replayed} are replayed as {self.form.weights}" if self.replayed else "the base is taken as published"
+        stored = self.form.weights in forms.STORED
+        acts = f"{replayed} are {'dequantised from' if stored else 'replayed as'} {self.form.weights}"
+        base = acts if self.replayed else "the base is taken as published"
         rank = max((fold.correct for fold in self.folds.values()), default=0)
         more = f", with a rank-{rank} correction towards {self.form.weights}" if rank else ""
         return [f"{first}; {base}{more}"]

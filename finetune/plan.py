@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune import budget, fitting, optimizer, schedule, speed, targets
+from finetune import budget, fitting, forms, optimizer, schedule, speed, targets
 from finetune.budget import Beside, Budget, Load, Need, Pass
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, RecipeError
@@ -207,7 +207,7 @@ def _smaller(recipe: Recipe, processes: int) -> str:
         return "part the base among the processes: train.shard: fsdp"
     if recipe.train.micro_batch_tokens != "auto":
         return "lower train.micro_batch_tokens, or leave it at auto"
-    packed = recipe.quantize.weights in ("nf4", "fp4")
+    packed = recipe.quantize.weights in forms.HELD
     return f"lower train.max_length, or {'take a smaller model' if packed else 'use quantize nf4'}"
 
 

@@ -17,6 +17,7 @@ from finetune import (
     dataset,
     devices,
     evals,
+    forms,
     gather,
     hardware,
     joint_plan,
@@ -133,8 +134,7 @@ def _prepared(
         _refuse_place(located, processes)
     output = Path(located.recipe.output)
     remarks = devices.remarks(located.recipe.tracker, output.parent if joint else output) if training else []
-    found = source.find(located.recipe.model, located.recipe.revision)
-    if found is None:
+    if (found := source.find(located.recipe.model, located.recipe.revision)) is None:
         return _by_numbers(located, machine, remarks, must_fit=card is not None, processes=processes)
     base = _inspect(located, found.folder)
     renderer = _renderer(located, base)
@@ -194,6 +194,7 @@ def _refuse_place(located: Located, processes: int) -> None:
 
 def _inspect(located: Located, folder: Path) -> Base:
     base = inspect(folder, located.recipe.rope)
+    forms.refuse(located.recipe.quantize.weights, base.shape.packing, located.where("quantize.weights"))
     if located.recipe.rope and base.origin is None:
         raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
     if located.recipe.objective.scored:
@@ -225,6 +226,7 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], **how
     else:
         shape, reach = source.remote_shape(name, located.recipe.revision, rope)
         evidence = "numbers: its config.json on the hub"
+    forms.refuse(located.recipe.quantize.weights, shape.packing, located.where("quantize.weights"))
     if rope and reach is None:
         raise RecipeError(_NO_CHOICE, located.where("rope"), "remove it")
     if reach is not None:
@@ -254,10 +256,9 @@ def check_data(
     """The recipe's data, judged row by row: with the model's own tokenizer and window where the model is here."""
     located = recipe.locate(path, overrides)
     chosen = located.recipe
-    found = source.find(chosen.model, chosen.revision)
     specials: Sequence[str] = datacheck.CONTROL
     fitting = None
-    if found is not None:
+    if (found := source.find(chosen.model, chosen.revision)) is not None:
         renderer = _renderer(located, _inspect(located, found.folder))
         specials, fitting = gather.special_tokens(renderer), gather.window_of(chosen, renderer)
     judging = gather.judging_source(chosen)
@@ -276,7 +277,6 @@ def check_data(
 def open_renderer(path: Path, overrides: Sequence[str]) -> tuple[Located, Renderer]:
     """The recipe and its model's renderer, without a plan or weights. Raises ModelError where the model is not here."""
     located = recipe.locate(path, overrides)
-    found = source.find(located.recipe.model, located.recipe.revision)
-    if found is None:
+    if (found := source.find(located.recipe.model, located.recipe.revision)) is None:
         raise ModelError("the model is not on this disk", located.recipe.model, "fetch it: it decides what is trained")
     return located, _renderer(located, _inspect(located, found.folder))

@@ -26,7 +26,8 @@ _SHORT = 48
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A base that comes into question. ``base``: where it is on this disk; ``positions``: the longest context."""
+    """A base that comes into question. ``base``: where it is on this disk; ``positions``: the longest context;
+    ``packed``: the form that its folder is in, where that is one of few bits."""
 
     name: str
     why: str
@@ -34,6 +35,7 @@ class Model:
     parameters: int
     positions: int
     family: str
+    packed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,16 @@ def _described(name: str, why: str) -> Model:
         shape, longest = source.remote_shape(name, None, None)
         reach = longest or shape.max_positions
     return Model(
-        name=name, why=why, base=base, parameters=shape.parameters(), positions=reach, family=shape.family
+        name=name, why=why, base=base, parameters=shape.parameters(), positions=reach, family=shape.family,
+        packed=shape.packing.kind if shape.packing else "",
     )  # fmt: skip
+
+
+def forms_of(model: Model, device: str) -> tuple[Form, ...]:
+    """The forms that the base may be held in, the best first."""
+    if model.packed:
+        return (Form(weights=model.packed, why="as the base lies in its folder: 4 bits, dequantised in each pass"),)
+    return FORMS[device]
 
 
 def derive(rows: Survey, model: Model) -> Numbers:

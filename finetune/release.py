@@ -13,6 +13,7 @@ from finetune import (
     certify,
     checkpoint,
     ended,
+    forms,
     gather,
     layouts,
     manifest,
@@ -155,10 +156,18 @@ def _vllm_rank(files: RunFolder) -> int:
     return adapter.vllm_rank(read.weights)
 
 
+def _ground(merged: dict[str, Any]) -> str:
+    """What the adapter was folded into."""
+    word = str(merged.get("quantised_as"))
+    if merged["base_choice"] != "replayed" or not forms.is_packed(word):
+        return "as published"
+    return f"as published in {word}, dequantised" if word in forms.STORED else f"as quantised for training ({word})"
+
+
 def _changes(base: str, parts: tuple[str, ...], merged: dict[str, Any]) -> list[str]:
     lines = []
     if "merged" in parts:
-        said = "as it was quantised for training" if merged["base_choice"] == "replayed" else "as published"
+        said = _ground(merged)
         said += ", corrected towards the quantised form" if merged["base_choice"] == "corrected" else ""
         lines.append(f"a LoRA adapter was trained on {base} and folded into its weights, {said}: *.safetensors")
         lines.append("config.json and generation_config.json name what this model needs; other files are the base's")

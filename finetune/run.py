@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune import evaluate, gather, hardware, identity, model, plan, recipe, scores, sharding, taught
+from finetune import evaluate, forms, gather, hardware, identity, model, plan, recipe, scores, sharding, taught
 from finetune.errors import RecipeError
 from finetune.identity import Identity
 from finetune.interrupts import StopRequest
@@ -60,11 +60,15 @@ class Run:
                 "recomputed_layers": chosen.recomputed_layers,
                 "micro_batch_tokens": chosen.micro_batch_tokens,
             },
-            environment={**hardware.environment(self.prepared.hardware), **identity.processes(self.peers.world)},
+            environment={**self._environment(), **identity.processes(self.peers.world)},
             together=list(self.prepared.together),
             start=dict(start.digests) if start else {},
             teacher=self.prepared.teacher.digests(base, self.terminal) if self.prepared.teacher else {},
         )
+
+    def _environment(self) -> dict[str, Any]:
+        packages = forms.packages(self.prepared.recipe.quantize.weights)
+        return hardware.environment(self.prepared.hardware, *packages)
 
     def settle(self, extend: bool) -> None:
         """Begin in an empty folder, or take up the run that is there. Call with the folder locked."""

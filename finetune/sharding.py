@@ -19,10 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from finetune import loading
+from finetune import forms, loading
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, ModelError
-from finetune.kernels import decoder_layer, frozen_linear, logn
+from finetune.forms import bitsandbytes
+from finetune.kernels import decoder_layer
 from finetune.loading import DTYPES, BaseForm, Source
 from finetune.shards import Reader
 
@@ -45,7 +46,7 @@ def load(base: Base, form: BaseForm, world: int, progress: Callable[[int, int], 
             _fill(model, outside, source, form)
             for prefix, layer in layers.items():
                 _fill(model, [name for name in base.tensors if name.startswith(prefix)], source, form)
-                frozen_linear.freeze(layer)
+                bitsandbytes.freeze(layer)
                 decoder_layer.fuse(layer)
                 _shard(layer, mesh)
         except torch.OutOfMemoryError as error:
@@ -70,13 +71,12 @@ def _skeleton(base: Base, form: BaseForm, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    config = loading.library_config(base)
-    attention = logn.register() if base.config.get("logn_from") else "sdpa"
+    config, attention = loading.library_config(base), loading.attention(base)
     with init_empty_weights():
         model = loading.class_of(base, config)._from_config(config, attn_implementation=attention, dtype=dtype)
     model.eval()
-    wanted = loading.quantization(form)
-    if wanted is not None:
+    if forms.is_packed(form.weights):
+        wanted = bitsandbytes.settings(form.weights, form.double, dtype)
         quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=False)
         quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": form.device})
         model.hf_quantizer = quantizer
@@ -100,7 +100,7 @@ def _fill(model: Any, names: list[str], source: Source, form: BaseForm) -> None:
             raise ModelError(what, str(source.folder), "fetch the base again")
         value = value.to(form.device, DTYPES[form.weights if form.weights in DTYPES else form.compute])
         if _packed(place) and last == "weight":
-            setattr(place, last, loading.pack(value, place))
+            setattr(place, last, bitsandbytes.pack(value, place))
         else:
             held = value.to(DTYPES[form.compute]).contiguous()
             setattr(place, last, torch.nn.Parameter(held, requires_grad=False))

@@ -9,21 +9,22 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 
-from finetune import headers
+from finetune import forms, headers
 from finetune.base import HEADERS, ORIGIN, Base
 from finetune.errors import ModelError
 from finetune.families import qwen1
-from finetune.headers import DTYPE_BYTES, INDEX, SINGLE, Tensor
+from finetune.headers import INDEX, SINGLE, Tensor
 from finetune.runfolder import disk_fault, json_bytes, read_json, rename, write_synced
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -66,11 +67,33 @@ class Reader:
 
     def __init__(self, base: Base) -> None:
         self._base, self._open, self._stack = base, dict[str, tuple[BinaryIO, dict[str, Tensor]]](), ExitStack()
+        self._last: tuple[str, Any] = ("", None)
+        self._lock = threading.Lock()  # row blocks are asked for from several threads
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored. Raises ModelError where the file no longer holds it."""
         shape = self._base.tensors[name].shape
         return self._read(name, 0, shape[0]) if shape else self._read(name, 0, 1).reshape(())
+
+    def packed(self, name: str) -> Any:
+        """A packed matrix as ``forms`` holds it. Raises ModelError where its parts cannot be read, or cannot be.
+
+        The last one is kept: its row blocks are asked for one after the other.
+        """
+        place, packing = self._base.tensors[name], self._base.shape.packing
+        assert packing is not None
+        with self._lock:
+            if self._last[0] != name:
+                try:
+                    held = forms.stored(packing.kind).read(lambda part: self._part(place.parts[part]), packing)
+                except ValueError as error:
+                    where, what = str(self._base.folder / place.shard), f"{name.removesuffix('.weight')}: {error}"
+                    raise ModelError(what, where, "fetch it again") from None
+                self._last = name, held
+            return self._last[1]
+
+    def _part(self, place: Tensor) -> torch.Tensor:
+        return self._stored(place, 0, place.shape[0])
 
     def streamed(self, name: str) -> Rows:
         """One tensor, to be read in row blocks; as ``tensor``."""
@@ -83,9 +106,14 @@ class Reader:
     def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of a tensor: [stop - start, …]."""
         place = self._base.tensors[name]
-        path, stored = self._base.folder / place.shard, place.stored or name
         if place.made:
             return torch.zeros((stop - start, *place.shape[1:]), dtype=_STORED[place.dtype])
+        if place.parts:
+            return self.packed(name).rows(start, stop).dense(torch.float32)  # type: ignore[no-any-return]
+        return self._stored(replace(place, stored=place.stored or name), start, stop)
+
+    def _stored(self, place: Tensor, start: int, stop: int) -> torch.Tensor:
+        path, stored = self._base.folder / place.shard, place.stored
         try:
             file, tensors = self._shard(place.shard)
             found = tensors.get(stored)
@@ -169,7 +197,9 @@ def rewrite(
             done += parts
             progress(done, len(base.tensors))
             continue
-        header = as_it_was(as_stored.get(shard, ""), tensors) or header_of({n: w.tensor for n, w in tensors.items()})
+        header = as_it_was(as_stored.get(shard, ""), tensors) or headers.header_of(
+            {n: w.tensor for n, w in tensors.items()}
+        )
         unfinished = out / f"{shard}.part"
         with Reader(base) as source, ShardWriter(unfinished, header) as target:
             for name in target.names:
@@ -195,18 +225,6 @@ def _blocks(source: Reader, written: Written, change: Change | None) -> Iterator
         rows = source.streamed(part)
         for block in change(part, rows) if change else rows.blocks():
             yield block.to(_STORED[written.tensor.dtype])
-
-
-def header_of(layout: Mapping[str, Tensor]) -> bytes:
-    """The header of a shard that holds these tensors in this order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in layout.items():
-        length = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + length]}
-        offset += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
 
 
 def as_it_was(text: str, tensors: Mapping[str, Written]) -> bytes | None:

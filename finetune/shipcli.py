@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from finetune import forms
 from finetune.errors import Fault, FinetuneError
 from finetune.options import AsJson, Quiet, RunPath, print_json, terminal
 from finetune.terminal import ByteBar
@@ -45,7 +46,9 @@ def merge(
     ] = None,
     quantised_as: Annotated[
         str | None,
-        typer.Option("--quantised-as", help="of a bare adapter: nf4, fp4 or int8, as its base was in training"),
+        typer.Option(
+            "--quantised-as", help="of a bare adapter: nf4, fp4, int8 or torchao_int8, as its base was in training"
+        ),
     ] = None,
     rows: Annotated[Path | None, typer.Option("--rows", help="of a bare adapter: a data file to compare on")] = None,
     as_json: AsJson = False,
@@ -57,7 +60,7 @@ def merge(
     """
     _one_of(base, _BASES, "--base")
     _one_of(layout, _LAYOUTS, "--layout")
-    _one_of(quantised_as or "nf4", ("nf4", "fp4", "int8"), "--quantised-as")
+    _one_of(quantised_as or "nf4", tuple(forms.MADE), "--quantised-as")
     from finetune import pipeline
 
     screen = terminal(quiet=quiet, as_json=as_json)
@@ -210,7 +213,8 @@ def convert(
         str | None, typer.Option("--model", help="of --to lora: the adapter's base, where it is not the one it names")
     ] = None,
     quantised_as: Annotated[
-        str | None, typer.Option("--quantised-as", help="of --to lora: nf4, fp4 or int8, as that base was in training")
+        str | None,
+        typer.Option("--quantised-as", help="of --to lora: nf4, fp4, int8 or torchao_int8, as that base was"),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -220,7 +224,7 @@ def convert(
     A layout changes no number. LoRA of a rank is the nearest one: how far each module is off is measured and printed.
     """
     _one_of(to, _CONVERSIONS, "--to")
-    _one_of(quantised_as or "nf4", ("nf4", "fp4", "int8"), "--quantised-as")
+    _one_of(quantised_as or "nf4", tuple(forms.MADE), "--quantised-as")
     from finetune import pipeline
 
     screen = terminal(quiet=quiet, as_json=as_json)

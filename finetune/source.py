@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune import families, fetch
+from finetune import families, fetch, forms
 from finetune.decoder import DecoderShape
 from finetune.errors import ModelError
 from finetune.families import qwen1
@@ -69,7 +69,8 @@ def remote_shape(name: str, revision: str | None, rope: str | None) -> tuple[Dec
     original = stored.get("model_type") == qwen1.MODEL_TYPE
     try:
         config = qwen1.native_config(stored, rope, "bfloat16") if original else stored
-        return DecoderShape.from_config(config), config["max_position_embeddings"] if original else None
+        shape = replace(DecoderShape.from_config(config), packing=forms.packing_of(stored, where))
+        return shape, config["max_position_embeddings"] if original else None
     except KeyError as error:
         raise ModelError(f"it has no {error}", where, "name another model") from None
     except (TypeError, ValueError) as error:

@@ -170,7 +170,7 @@ def _begin(layer: Any, word: str, asked: Any) -> None:
 @contextlib.contextmanager
 def _dense(layer: Any) -> Iterator[None]:
     """Inside, the layer holds its weight in fp32, and what happens to that is forgotten."""
-    if isinstance(layer, frozen_linear.ShownLinear):  # nothing reaches what it holds
+    if isinstance(layer, frozen_linear.ShownLinear | frozen_linear.PackedLinear):  # nothing reaches what it holds
         yield
         return
     held = layer.weight

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune import methods
+from finetune import forms, methods
 from finetune.decoder import LINEARS, DecoderShape
 from finetune.errors import Fault, RecipeError
 from finetune.optimizer import Tensors
@@ -20,8 +20,6 @@ from finetune.recipe import adapter_methods
 
 if TYPE_CHECKING:
     from finetune.recipe import Located
-
-_PACKED = ("nf4", "fp4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +216,7 @@ def _whole_faults(fields: dict[str, Any], names: list[str], shape: DecoderShape,
         elif shape.tied and {"model.embed_tokens", "lm_head"} & set(hits):
             what = f"{one} shares its weights with another module (tied embeddings): merging would have to part them"
             found.append(("modules_to_save", what, "remove it, or take a base whose embeddings are not tied"))
-        elif weights in _PACKED and any(name.rpartition(".")[2] in LINEARS for name in hits):
+        elif forms.is_packed(weights) and any(name.rpartition(".")[2] in LINEARS for name in hits):
             what = f"{one} is held as {weights}, and only full-precision modules can be trained whole"
             found.append(("modules_to_save", what, "remove it, or set quantize.weights to bf16"))
     return found

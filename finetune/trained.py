@@ -18,6 +18,7 @@ from finetune import (
     adapter_file,
     checkpoint,
     finished,
+    forms,
     gather,
     hardware,
     manifest,
@@ -87,7 +88,7 @@ class Trained:
 
     def is_quantised(self) -> bool:
         """Whether the base as it was trained against is another one than the published."""
-        return self.form.weights in ("nf4", "fp4", "int8")
+        return self.form.weights in forms.MADE
 
 
 def of(folder: Path, terminal: Terminal, **bare: Any) -> Trained:
@@ -131,7 +132,7 @@ def of_adapter(
 
     Args:
         name: the base, where it is not the one that the folder names.
-        quantised_as: nf4, fp4 or int8, where its base was quantised in training and the folder does not say so.
+        quantised_as: of ``forms.MADE``, where its base was quantised in training and the folder does not say so.
         rows: a data file to compare on.
 
     Raises:
@@ -204,8 +205,10 @@ def _form(stored: Any, quantised_as: str | None, base: Base) -> BaseForm:
     kinds = [tensor.dtype for tensor in base.tensors.values()]
     own = "fp32" if max(set(kinds), key=kinds.count) == "F32" else "bf16"
     form: dict[str, Any] = {"weights": own, "double": True, "compute": own if machine.bf16 else "fp32"}
+    form |= {"weights": base.shape.packing.kind} if base.shape.packing else {}
     form |= stored if isinstance(stored, dict) else {}
     form |= {"weights": quantised_as} if quantised_as else {}
+    forms.refuse(form["weights"], base.shape.packing, "--quantised-as" if quantised_as else str(base.folder))
     return BaseForm(weights=form["weights"], double=form["double"], compute=form["compute"], device=machine.device)
 
 

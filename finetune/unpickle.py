@@ -31,8 +31,8 @@ def unpickle(path: Path, target: Path) -> list[str]:
     """Write the tensors of one shard. Raises ValueError with what is wrong."""
     import torch
 
-    from finetune.headers import Tensor
-    from finetune.shards import TORCH_DTYPES, ShardWriter, header_of
+    from finetune.headers import Tensor, header_of
+    from finetune.shards import TORCH_DTYPES, ShardWriter
 
     names = {kind: name for name, kind in TORCH_DTYPES.items()}
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finetune import budget, checkpoint, hardware, loading, shards
+from finetune import budget, checkpoint, forms, hardware, loading, shards
 from finetune.base import Base
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.fold import Fold, Folding, dithered
@@ -63,7 +63,7 @@ def apply(
 
 def ground(base: Base, form: BaseForm, *, replayed: bool) -> Folding:
     """What the adapter is added to: the base as it was trained against, or as published."""
-    names = quantised_names(base) if replayed and form.weights in ("nf4", "fp4", "int8") else []
+    names = quantised_names(base) if replayed and forms.is_packed(form.weights) else []
     return Folding(folds={name: Fold(replay=True) for name in names}, form=form, weights={})
 
 

@@ -86,6 +86,18 @@ def train(*overrides: str, options: Iterable[str] = ()) -> Said:
     return finetune("train", "r.yaml", *options, *(part for override in overrides for part in ("--set", override)))
 
 
+def train_in_two(*overrides: str, out: Path) -> None:
+    """The run into another folder, ended after four steps and taken up again."""
+    from finetune import pipeline
+    from finetune.terminal import Terminal
+
+    terminal = Terminal(out=io.StringIO(), quiet=True, silent=True)
+    sets = (*overrides, f"output={out}")
+    pipeline.train(Path("r.yaml"), sets, terminal, until=4)
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+    pipeline.train(Path("r.yaml"), sets, terminal)
+
+
 def chat(*turns: str, system: str = "") -> dict[str, Any]:
     """A row: user and assistant in turn."""
     roles = ("user", "assistant")

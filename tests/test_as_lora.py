@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import as_lora, whole
-from finetune.kernels import frozen_linear
+from finetune import as_lora, forms, whole
 from tests import runs, tiny
 from tests.runs import OUTPUT, finetune, train
 
@@ -40,7 +39,7 @@ def base_model(weights: str = "fp32") -> Any:
     model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
     for name, value in model.named_parameters():
         if weights != "fp32" and name.endswith("_proj.weight"):
-            value.data = frozen_linear.replay(value.data, weights, double=True)
+            value.data = forms.get(weights).replay(weights, value.data, double=True)
     return model.eval()
 
 

@@ -138,7 +138,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "71 no model_type": (lambda f: _json(f / "config.json", lambda c: c.pop("model_type")), "config.json",
                          "unknown model_type ''"),
     "quantised already": (lambda f: _config(f, quantization_config={"quant_method": "gptq"}), "config.json",
-                          "already quantised"),
+                          "quantization_config of gptq: bits is None"),
+    "quantised in another way": (lambda f: _config(f, quantization_config={"quant_method": "hqq"}), "config.json",
+                                 "already quantised"),
     "quantised already, unsaid": (lambda f: _weights(f, lambda w: w.update({UP: w[UP].to(torch.int8)})),
                                   "model.safetensors", "stored as I8"),
 }  # fmt: skip

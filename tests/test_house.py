@@ -32,9 +32,12 @@ ROAD = [
     "peers", "allreduce", "checkpoint", "shared_base", "model", "methods", "beginning", "sharding", "loading",
     "control_tokens", "tokenizer",
     "store", "samples", "window", "renderer", "dataset", "records", "hubdata", "datafolder", "layouts", "pickles",
-    "unpickle", "shards", "base", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
+    "unpickle", "shards", "base", "packed", "tokens", "tiktoken_file", "fetch", "headers", "identity", "hardware",
 ]  # fmt: skip
-CHOICES = ["importers", "families", "formats", "evals", "exporters", "objectives", "kernels", "recipe", "known_models"]
+CHOICES = [
+    "importers", "families", "formats", "evals", "exporters", "objectives", "forms", "kernels", "recipe",
+    "known_models",
+]  # fmt: skip
 GROUND = [
     "hftrainer", "dsfile", "foreignobjective", "foreignparts", "foreign", "shellscript",
     "plot", "webpage", "gguf_file", "answer_schema", "pattern", "endings", "llamacpp", "llamaruntime", "interrupts",
@@ -89,7 +92,13 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_choices_know_no_step_and_no_other_kind_of_choice() -> None:
-    allowed = {"objectives": {"kernels"}, "evals": {"objectives"}, "recipe": {"known_models"}, "importers": {"recipe"}}
+    allowed = {
+        "objectives": {"kernels"},
+        "forms": {"kernels"},
+        "evals": {"objectives"},
+        "recipe": {"known_models"},
+        "importers": {"recipe"},
+    }
     for path in FILES:
         if room(path) in CHOICES:
             strangers = rooms_used(path) - set(GROUND) - allowed.get(room(path), set())

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import loading
+from finetune.forms import bitsandbytes as bitsandbytes_form
 from finetune.kernels import four_bit, frozen_linear
 from tests import tiny
 
@@ -33,7 +34,7 @@ def test_what_is_loaded_is_what_the_codec_packs(
     layers = {
         name: module
         for name, module in policy.causal_lm.named_modules()
-        if isinstance(module, frozen_linear.FrozenLinear4bit)
+        if isinstance(module, bitsandbytes_form.FrozenLinear4bit)
     }
     assert len(layers) == 14
     for name, layer in layers.items():
@@ -45,6 +46,6 @@ def test_what_is_loaded_is_what_the_codec_packs(
         scales = packed.scales.decoded() if isinstance(packed.scales, four_bit.Nested) else packed.scales
         assert torch.equal(state.absmax, scales)
         # What a merge replays from the shard is what the layer multiplies with.
-        replayed = frozen_linear.replay(weight, kind, double)
+        replayed = bitsandbytes_form.replay(kind, weight, double=double)
         assert torch.equal(replayed, frozen_linear.dense_weight(layer, weight.dtype))
     assert policy.causal_lm.config.quantization_config.quant_method.value == "bitsandbytes"  # as PEFT expects

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from finetune import base as bases
 from finetune import certify, hardware, layouts, manifest, merge
 from finetune.errors import ModelError
-from finetune.kernels import frozen_linear
+from finetune.forms import bitsandbytes
 from finetune.tokenizer import load_tokenizer
 from tests import runs
 from tests.runs import MERGED, OUTPUT, awake, finetune, merge_run
@@ -117,7 +117,7 @@ def test_into_the_published_weights(work: Path) -> None:
     weights = load_file("base/model.safetensors")
     for name, value in weights.items():
         if name.endswith("_proj.weight"):
-            weights[name] = frozen_linear.replay(value.float(), "nf4", True).to(value.dtype)
+            weights[name] = bitsandbytes.replay("nf4", value.float(), double=True).to(value.dtype)
     save_file(weights, "base/model.safetensors", {"format": "pt"})
     assert runs.train().code == 0
     said = merge_run("--base", "original")
@@ -164,7 +164,7 @@ def test_smaller_errors_are_found_too(finished: Path, monkeypatch: pytest.Monkey
 
 def test_a_base_that_is_not_replayed_is_found(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """S10: the fold goes into weights that the run never saw."""
-    monkeypatch.setattr(frozen_linear, "replay", lambda value, *_: value)
+    monkeypatch.setattr(bitsandbytes, "replay", lambda word, value, **_: value)
     assert merge_run().code == 1
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune import headers
 from finetune.errors import EnvironmentFault
-from finetune.headers import Tensor
-from finetune.shards import ShardWriter, header_of
+from finetune.headers import Tensor, header_of
+from finetune.shards import ShardWriter
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,

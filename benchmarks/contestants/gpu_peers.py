@@ -31,8 +31,8 @@ def steps(name: str, model: Any, work: Work) -> list[float]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # exported lazily
 
+    from finetune.forms.bitsandbytes import FrozenLinear4bit
     from finetune.kernels import decoder_layer
-    from finetune.kernels.frozen_linear import FrozenLinear4bit
 
     decoder_layer.fuse(model, None)
     for module in model.modules():

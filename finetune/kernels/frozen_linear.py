@@ -1,50 +1,41 @@
-"""A frozen base linear, 16-bit or quantised: dequantise, multiply, and never anything else.
+"""A frozen base linear, 16-bit or in few bits: dequantise, multiply, and never anything else.
 
-bitsandbytes' own CPU path is not used. On a CPU with AVX-512-bf16 it repacks a 4-bit weight at the first
-evaluation-mode forward, and the layer then runs an inference kernel outside autograd: the loss stays the same to the
-last digit, the gradients are wrong, and nothing is said. Here the packed weight is only read.
+What a form in few bits is made of stands in ``forms``; here is what all of them have in common.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from torch.nn.functional import linear
 
-from finetune.kernels import four_bit
+
+class Frozen:
+    """Mixed into a linear whose weight is held in few bits. ``held_dense``: its matrix, while it is kept."""
+
+    held_dense: torch.Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as it acts: [out, in] in ``dtype``."""
+        raise NotImplementedError
+
+    def to_hold(self) -> torch.Tensor | None:
+        """The weight as it is kept for many small products; None: it is dequantised each time."""
+        return None
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _FrozenMatmul.apply(x, self)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def dense_weight(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The layer's weight as it acts: [out, in] in ``dtype``, dequantised where it is packed."""
-    held = getattr(layer, "held_dense", None)
-    if isinstance(held, torch.Tensor):
-        return held.to(dtype)
-    weight: Any = layer.weight
-    if isinstance(layer, Linear4bit):
-        return dequantize_4bit(weight.data, _four_bit_state(layer)).to(dtype)  # type: ignore[no-any-return]
-    if isinstance(layer, Linear8bitLt):
-        return dense_int8(weight.data, _int8_scales(layer), dtype)
-    return weight.to(dtype)  # type: ignore[no-any-return]
-
-
-def _four_bit_state(layer: Any) -> Any:
-    """Of a weight that was gathered from shards the layer alone knows it."""
-    state = getattr(layer.weight, "quant_state", None)
-    return layer.quant_state if state is None else state
-
-
-def dense_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Row-wise int8 codes [out, in] and their largest absolute values [out] → weights (LLM.int8, section 2.1)."""
-    return (codes.float() * (scales.float()[:, None] / 127.0)).to(dtype)
-
-
-def _int8_scales(layer: Any) -> torch.Tensor:
-    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB  # type: ignore[no-any-return]
+    if not isinstance(layer, Frozen):
+        return layer.weight.to(dtype)  # type: ignore[no-any-return]
+    return layer.dense(dtype) if layer.held_dense is None else layer.held_dense.to(dtype)
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -60,68 +51,62 @@ class _FrozenMatmul(torch.autograd.Function):
         return grad @ dense_weight(ctx.layer, grad.dtype), None
 
 
-def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = _FrozenMatmul.apply(x, layer)  # type: ignore[no-untyped-call]
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+class Held(Protocol):
+    """A packed matrix [out, in]. What it computes with is its own: no cast of the model reaches it."""
+
+    @property
+    def codes(self) -> torch.Tensor: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether reading the codes takes so long that the matrix is better kept for many small products."""
+        ...
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix, number by number rounded once to ``dtype``."""
+        ...
 
 
-class FrozenLinear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes ships no types
-    """bitsandbytes' 4-bit storage with this module's arithmetic."""
+class PackedLinear(Frozen, torch.nn.Linear):
+    """A frozen linear over a packed matrix, which computes in ``dtype``. PEFT takes it for a plain linear, whose
+    ``weight`` is made anew at each look: it cannot be set, and what is written into its numbers is lost."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda and not torch.is_grad_enabled() and isinstance(self.weight, Params4bit):
-            return super().forward(x)  # type: ignore[no-any-return]  # its fused kernel for single tokens; CUDA never repacks
-        return _forward(self, x)
+    def __init__(self, held: Held, bias: torch.nn.Parameter | None, dtype: torch.dtype) -> None:
+        torch.nn.Module.__init__(self)
+        self.held, self.dtype = held, dtype
+        self.out_features, self.in_features = held.shape
+        self.codes = torch.nn.Parameter(held.codes, requires_grad=False)  # PEFT asks a parameter for the device
+        self.register_parameter("bias", bias)
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.held.dense(self.dtype).to(dtype)  # also where activations are wider: it acts as it acted
 
-class FrozenLinear8bit(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes ships no types
-    """bitsandbytes' 8-bit storage with this module's arithmetic."""
+    def to_hold(self) -> torch.Tensor | None:
+        return self.held.dense(self.dtype) if self.held.slow else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _forward(self, x)
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return dense_weight(self, self.dtype)
 
-
-def freeze(model: torch.nn.Module) -> None:
-    """Turn every quantised linear of ``model`` into its frozen form, in place."""
-    for module in model.modules():
-        if type(module) is Linear4bit:
-            module.__class__ = FrozenLinear4bit
-        elif type(module) is Linear8bitLt:
-            module.__class__ = FrozenLinear8bit
+    def __repr__(self) -> str:
+        return f"PackedLinear({self.in_features}, {self.out_features})"
 
 
 @contextlib.contextmanager
 def held_dense(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, every 4-bit weight is dequantised once and kept: for many small products, as in generation. Not those
-    of which only a shard is here."""
-    layers: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(module, FrozenLinear4bit) and isinstance(module.weight, Params4bit)
-    ]
+    """Inside, every weight that is slow to read is dequantised once and kept: for many small products, as in
+    generation."""
+    layers = [module for module in model.modules() if isinstance(module, Frozen)]
     try:
         for layer in layers:
-            layer.held_dense = dense_weight(layer, layer.weight.quant_state.dtype)
+            layer.held_dense = layer.to_hold()
         yield
     finally:
         for layer in layers:
             layer.held_dense = None
-
-
-def replay(weight: torch.Tensor, weights: str, double: bool, scales: torch.Tensor | None = None) -> torch.Tensor:
-    """A full-precision weight [out, in] as it acted while it was trained against: quantised anew and dequantised.
-
-    From the shard, never from a live layer. ``weight`` comes in the compute dtype, as it did at loading, and so does
-    the result; bit-equal to ``dense_weight`` of the layer that loading makes from it. A part of a weight, 64 of its
-    rows or a multiple, comes with its part of the
-    whole weight's ``four_bit.scales_of``.
-    """
-    if weights in ("nf4", "fp4"):
-        return four_bit.round_trip(weight, weights, double=double, scales=scales)
-    if weights == "int8":
-        codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
-        return dense_int8(codes, scales, weight.dtype)
-    return weight
 
 
 class ShownLinear(torch.nn.Linear):
@@ -153,13 +138,18 @@ class ShownLinear(torch.nn.Linear):
 
 def is_packed(model: torch.nn.Module) -> bool:
     """Whether any of its linears is quantised."""
-    return any(isinstance(module, FrozenLinear4bit | FrozenLinear8bit) for module in model.modules())
+    return any(isinstance(module, Frozen) for module in model.modules())
+
+
+def is_hidden(module: torch.nn.Module) -> bool:
+    """Whether it is quantised, and its ``weight`` is another thing than its matrix."""
+    return isinstance(module, Frozen) and not isinstance(module, PackedLinear)
 
 
 def show(model: Any) -> None:
     """Let every quantised linear of a transformers model show its weight, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, FrozenLinear4bit | FrozenLinear8bit) and not name.endswith(".packed"):
+        if is_hidden(module) and not name.endswith(".packed"):
             model.set_submodule(name, ShownLinear(module, model.dtype))
 
 

@@ -74,7 +74,7 @@ _STARTS_WHY = {
 }
 
 TRIED = ("fp32", "bf16", "nf4", "fp4", "int8")
-_AS = {"fp16": "bf16"}
+_AS = {"fp16": "bf16", "torchao_int8": "int8", "gptq": "nf4", "awq": "nf4"}
 """A number format that was not tried, and the one that speaks for it."""
 
 # Fields that make another method of one, in the order in which the matrix names them.

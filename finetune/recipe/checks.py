@@ -16,6 +16,8 @@ from finetune.recipe.yamlfile import KeyPath
 _VARIABLE = re.compile(r"\$(\{|\(|[A-Za-z_])")
 _ROUNDING = 1e-6
 _FOUR_BIT = ("nf4", "fp4")
+_WHOLE = ("int8", "torchao_int8", "gptq", "awq")
+"""Forms of which no process holds a part."""
 _PRECONDITIONED = ("lora_fa", "riemannian")
 
 
@@ -104,8 +106,8 @@ def _shard(tree: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(at, "a reward model's head is new, and no process has it to part", "take shard: none")
     if _value(tree, "objective", "method") == "distill":
         yield Finding(at, "a teacher stands on a whole base", "take shard: none")
-    if _value(tree, "quantize", "weights") == "int8":
-        yield Finding(at, "int8 weights are not put in shards", "take quantize.weights: nf4, or bf16")
+    if (word := _value(tree, "quantize", "weights")) in _WHOLE:
+        yield Finding(at, f"{word} weights are not put in shards", "take quantize.weights: nf4, or bf16")
     if fields.get("method", "lora") != "lora":
         yield Finding(at, f"{shown(fields['method'])} looks at whole layers", "take adapter.method: lora")
     if fields.get("use_dora") is True:

@@ -24,8 +24,8 @@ class Section(BaseModel):
 class Quantize(Section):
     """How the frozen base weights are held while training."""
 
-    weights: Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"] = Field(
-        description="number format of the frozen base weights"
+    weights: Literal["nf4", "fp4", "int8", "torchao_int8", "gptq", "awq", "bf16", "fp16", "fp32"] = Field(
+        description="number format of the frozen base weights; gptq and awq: as they lie in the folder"
     )
     double: bool = Field(
         default=True, description="nf4/fp4: store the block scales in 8 bits too (about 0.4 bits a weight less)"

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import loading, loop
+from finetune.forms import bitsandbytes as bnb_form
+from finetune.forms.bitsandbytes import FrozenLinear4bit, FrozenLinear8bit
 from finetune.kernels import frozen_linear
-from finetune.kernels.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dense_weight, held_dense, replay
+from finetune.kernels.frozen_linear import dense_weight, held_dense
 from finetune.model import Policy
 from finetune.objectives import sft
 from tests import tiny
@@ -82,15 +84,9 @@ def test_replay_of_the_shard_is_the_live_weight(
     layers = dict(packed(tiny.load(bases[family], form, compute, double=double)))
     assert len(layers) == 14
     for name, layer in layers.items():
-        anew = replay(stored[f"{name}.weight"].to(dtype), form, double)
+        anew = bnb_form.replay(form, stored[f"{name}.weight"].to(dtype), double=double)
         assert anew.dtype == dtype
         assert torch.equal(anew, dense_weight(layer, dtype)), name
-
-
-@pytest.mark.parametrize("form", ["bf16", "fp16", "fp32"])
-def test_replay_of_an_unquantised_base_changes_nothing(form: str) -> None:
-    weight = torch.randn(3, 5)
-    assert torch.equal(replay(weight, form, True), weight)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
@@ -173,7 +169,7 @@ def test_freeze_takes_every_quantised_layer_and_no_other(bases: dict[str, Path])
     assert len(names) == 14
     assert all("_proj" in name for name in names)
     assert type(policy.head) is torch.nn.Linear
-    frozen_linear.freeze(policy.model)
+    bnb_form.freeze(policy.model)
     assert {name for name, _ in packed(policy)} == names
 
 

@@ -12,7 +12,8 @@ from peft.tuners.lora import layer as peft_layer
 from torch.func import functional_call
 
 from finetune import model
-from finetune.kernels import frozen_linear, lora_linear
+from finetune.forms import bitsandbytes
+from finetune.kernels import lora_linear
 from finetune.kernels.frozen_linear import dense_weight
 from finetune.kernels.lora_linear import Site, reference
 from tests import tiny
@@ -49,7 +50,7 @@ def adapted(form: str, *, bias: bool = False, compute: torch.dtype = torch.float
     """The two fused LoRA layers of a small PEFT model, with B drawn so that they do something."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"]} | fields
     model = get_peft_model(Net(form, bias, compute), LoraConfig(**settings))
-    frozen_linear.freeze(model)
+    bitsandbytes.freeze(model)
     lora_linear.fuse(model)
     generator = torch.Generator().manual_seed(1)
     for name, value in model.named_parameters():

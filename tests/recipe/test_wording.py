@@ -85,7 +85,7 @@ CATALOGUE: dict[str, tuple[Callable[[str], str], str, str]] = {
     "16 two weight formats": (
         swap("nf4\n", "[nf4, int8]\n"),
         "r.yaml:3:3: quantize.weights",
-        "one of nf4, fp4, int8, bf16, fp16, fp32; found a list",
+        "one of nf4, fp4, int8, torchao_int8, gptq, awq, bf16, fp16, fp32; found a list",
     ),
     "17 4-bit option without 4 bits": (
         swap("nf4\n  double: true", "bf16\n  double: false"),

@@ -431,7 +431,8 @@ def test_a_release_says_how_to_load_it_and_that_runs() -> None:
     assert runs.finetune("verify", "published").code == 0
     card = (Path("published") / "README.md").read_text()
     assert "AutoModelForCausalLM" not in card
-    assert "| after | " in card.split("reward accuracy (95 % interval)")[1]
+    assert "| | before | after | merged |" in card
+    assert "| reward accuracy | 0.500 (" in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 2
     shutil.copytree("base", Path("published") / "base")

@@ -15,7 +15,7 @@ import torch
 
 from finetune.kernels import divergence
 from finetune.kernels.divergence import Aim, Top
-from finetune.objectives import Batch, StepLoss, sft
+from finetune.objectives import Batch, Each, StepLoss, one_by_one, sft
 
 if TYPE_CHECKING:
     from finetune.dataset import Example
@@ -31,7 +31,7 @@ class Distill:
     def batches(self, examples: Sequence[Example], limit: int) -> list[Batch]:
         return sft.batches(examples, limit)
 
-    def begin(self, policy: Policy, batches: list[Batch]) -> list[Batch]:
+    def begin(self, policy: Policy, batches: list[Batch], each: Each = one_by_one) -> list[Batch]:
         return batches
 
     def loss(self, policy: Policy, batch: Batch) -> StepLoss:

@@ -86,6 +86,7 @@ LISTED = {
     ".venv/bin/finetune dashboard runs": _SERVES,
     ".venv/bin/finetune dashboard runs --text --watch": _SERVES,
     ".venv/bin/finetune train recipes/qwen14b-qlora-24gb.yaml": _NOT_HERE,
+    ".venv/bin/finetune train recipes/qwen14b-lora-80gb.yaml --processes 2 --set train.shard=fsdp": _NOT_HERE,
     ".venv/bin/finetune eval runs/qwen14b-dates": _NOT_HERE,
     ".venv/bin/finetune merge runs/qwen14b-dates --out merged": _NOT_HERE,
     ".venv/bin/finetune merge runs/qwen14b-dates --out merged-qwen --layout original": _NOT_HERE,

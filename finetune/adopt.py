@@ -15,7 +15,8 @@ from typing import Any
 from finetune import base, draft, foreign, hftrainer, importers, known_models, recipe, records, source
 from finetune.errors import DataError, Fault, ModelError, RecipeError
 from finetune.foreign import Draft, Place
-from finetune.recipe.sections import Data, Evaluate, Objective, Quantize, Train
+from finetune.recipe.sections import Data, Evaluate, Objective, Quantize
+from finetune.recipe.training import Train
 from finetune.terminal import Terminal, clean
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")

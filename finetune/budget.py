@@ -18,7 +18,7 @@ from finetune.kernels.causal_attention import ROWS
 from finetune.kernels.cross_entropy import chunk_rows
 from finetune.optimizer import Tensors
 from finetune.recipe import Recipe
-from finetune.recipe.objective_keys import EXTRA_PASSES
+from finetune.recipe.objective_keys import extra_passes
 from finetune.schedule import Part
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -218,7 +218,7 @@ class Need:
     @property
     def extra_passes(self) -> float:
         """Forward passes of a step without gradients, in those of the model itself."""
-        own = EXTRA_PASSES.get(self.recipe.objective.method, 0)
+        own = extra_passes(self.recipe.objective)
         if self.beside is None:
             return own
         return own + self.beside.shape.linear_parameters() / self.shape.linear_parameters()
@@ -274,24 +274,25 @@ class Need:
 
 
 def _generation_bytes(need: Need) -> int:
-    """Bytes while answers are generated: the cache, and on a CPU the 4-bit linears, dequantised once and kept."""
-    recipe, shape, load, width = need.recipe, need.shape, need.load, BYTES[need.compute]
-    if not set(recipe.evaluate.metrics) & set(evals.ANSWERED) or (load and not load.generated_rows):
-        return 0
-    packed = recipe.quantize.weights in forms.HELD
+    """Bytes while answers are generated, to be judged or to be trained on."""
+    load, wanted, chosen = need.load, need.recipe.evaluate, need.recipe.objective
+    most, longest = 0, need.recipe.train.max_length
+    if set(wanted.metrics) & set(evals.ANSWERED) and (load is None or load.generated_rows):
+        prompt, rows = (load.longest_prompt, load.generated_rows) if load else (longest, wanted.batch_rows)
+        most = _answering_bytes(need, min(wanted.batch_rows, rows), prompt, wanted.max_new_tokens)
+    if chosen.completions and chosen.batch_rows and chosen.max_new_tokens:
+        rows = min(chosen.batch_rows, chosen.completions * (need.recipe.train.examples_per_step or chosen.batch_rows))
+        most = max(most, _answering_bytes(need, rows, longest - chosen.max_new_tokens, chosen.max_new_tokens))
+    return most
+
+
+def _answering_bytes(need: Need, rows: int, prompt: int, answer: int) -> int:
+    """Of so many prompts at once: the cache, and on a CPU the linears in few bits, dequantised once and kept."""
+    shape, width = need.shape, BYTES[need.compute]
+    packed = need.recipe.quantize.weights in forms.HELD
     dense = width * shape.linear_parameters() if need.hardware.device == "cpu" and packed else 0
-    prompt = load.longest_prompt if load else recipe.train.max_length
-    rows = min(recipe.evaluate.batch_rows, load.generated_rows) if load else recipe.evaluate.batch_rows
     # The cache grows by a copy of itself; reading the prompts is a forward pass of all rows at once.
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * width * (prompt + recipe.evaluate.max_new_tokens)
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * width * (prompt + answer)
     reading = prompt * (3 * shape.intermediate * width + 8 * shape.hidden)
     made = rows * (2 * cache + reading + shape.vocab * 8)
     return int(dense + made + (0 if need.compute == "fp32" or need.hardware.device != "cpu" else _COMPILED / 2))
-
-
-def output_bytes(recipe: Recipe, tensors: Sequence[Tensors]) -> int:
-    """Checkpoints hold the adapter and the optimizer's state; one more is being written while the last are kept."""
-    adapter = 4 * sum(one.parameters for one in tensors)
-    saved = optimizer.saved_bytes(recipe.train.optimizer, tensors)
-    best = adapter if recipe.evaluate.keep == "best" else 0
-    return (recipe.train.keep_last + 1) * (adapter + saved) + adapter + best + 10_000_000

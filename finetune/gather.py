@@ -30,6 +30,10 @@ class Gathered:
     named: tuple[Named, ...]
     notes: tuple[str, ...]
 
+    def left_out(self) -> set[str]:
+        """Places of the rows that are not trained."""
+        return {one.where for one in self.named if one.done == "left out"}
+
 
 def training_sources(recipe: Recipe) -> list[Source]:
     """Where the training rows come from; a data set on the hub is pinned to a commit. Raises DataError."""
@@ -176,6 +180,8 @@ def digests(recipe: Recipe) -> dict[str, str]:
         found |= {str(file): manifest.digest(file) for file in source.files()}
     if recipe.evaluate.json_schema is not None:
         found[recipe.evaluate.json_schema] = manifest.digest(Path(recipe.evaluate.json_schema))
+    for reward in recipe.objective.rewards or ():  # what decides a reward decides the run
+        found |= {str(file): manifest.digest(file) for file in reward.files()}
     return found
 
 

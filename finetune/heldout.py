@@ -29,7 +29,7 @@ def make(fitted: Fitted, renderer: Renderer, metrics: Sequence[str], asked: Mapp
     """
     questions: tuple[Question, ...] = ()
     if any(metric in evals.ROWWISE for metric in metrics):
-        questions = tuple(_question(row, renderer) for row in fitted.rows)
+        questions = tuple(question(row, renderer) for row in fitted.rows)
         if "multiple_choice" in metrics:
             questions = _with_options(fitted.rows, questions, renderer, asked["multiple_choice"])
         _refuse_wrong(questions, metrics, asked)
@@ -39,7 +39,8 @@ def make(fitted: Fitted, renderer: Renderer, metrics: Sequence[str], asked: Mapp
     )
 
 
-def _question(row: Row, renderer: Renderer) -> Question:
+def question(row: Row, renderer: Renderer) -> Question:
+    """The row's last answer asked for, with all that stands before it. Raises DataError where it asks nothing."""
     asked = renderer.question(row)
     turns = row.conversation.turns
     last = max(at for at, turn in enumerate(turns) if turn.role == "assistant")

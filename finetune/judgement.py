@@ -264,8 +264,8 @@ def _rows(held_out: HeldOut) -> list[Any]:
 def _settings(how: How | None) -> dict[str, Any]:
     """How it is judged, and the files that this hangs on: a schema, a command and its scripts."""
     assert how is not None
-    command = how.asked.get("command")
-    words = [how.asked.get("json_schema"), *(command[0] if command else ())]
+    words = [how.asked.get("json_schema")]
+    words += [word for name in ("command", "unit_test") for word in (how.asked.get(name) or ((),))[0]]
     paths = [Path(place) for word in words if word and (place := shutil.which(word) or word)]
     files = {str(path): manifest.digest(path) for path in paths if path.is_file()}
     return asdict(how) | {"objective": repr(how.objective), "files": files}

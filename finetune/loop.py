@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from finetune.model import Policy
     from finetune.objectives import Batch, Objective, Tallies
 
+_BEGINNING = 8190  # stands for a micro-batch's number in the noise of what an objective does before the first one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
@@ -51,9 +53,8 @@ class Course:
         return ((self.seed * 1_000_003 + step) * 8191 + micro_batch) % 2**63
 
     def rate(self, step: int) -> float:
-        return schedule.learning_rate(
-            step, total=len(self.steps), peak=self.peak_rate, warmup=self.warmup, kind=self.kind
-        )
+        total, peak = len(self.steps), self.peak_rate
+        return schedule.learning_rate(step, total=total, peak=peak, warmup=self.warmup, kind=self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,28 +130,40 @@ def run(
         Interrupted: one of the peers is gone.
     """
     policy.model.train()
-    parameters = list(policy.trainable().values())
     with contextlib.closing(step_batches(examples, course, objective, start)) as fetched:
         for step in range(start, len(course.steps)):
             began = time.perf_counter()
             batches = next(fetched)
             waited = time.perf_counter() - began
+            torch.manual_seed(course.noise_seed(step, _BEGINNING))
             batches = objective.begin(policy, batches, peers.each)
-            count = sum(batch.count for batch in batches)
-            told: dict[int, tuple[float, Tallies]] = {}
-            for number, batch in peers.share(batches):
-                torch.manual_seed(course.noise_seed(step, number))
-                result = objective.loss(policy, batch.to(policy.device))
-                stop_if_not_finite(result.total, "loss", step, batch.rows)
-                scaled = result.total / count
-                (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
-                told[number] = result.total.item(), result.tallies
-                on_micro_batch(number + 1, len(batches))
-            peers.keep_up(batches, lambda batch: objective.loss(policy, batch.to(policy.device)).total, parameters)
-            told = peers.gather(told, parameters)
-            loss = sum(total for total, _ in told.values()) / count
+            for update in range(objectives.updates(objective)):
+                if update:
+                    _moved(policy, course, optimizer, scaler, step, batches)
+                with _not_again(step) if update else contextlib.nullcontext():
+                    told = _gradients(policy, objective, batches, course, step, scaler, on_micro_batch, peers, update)
+            loss = sum(total for total, _ in told.values()) / sum(batch.count for batch in batches)
             done = end_step(policy, course, optimizer, scaler, step, batches, loss, began, waited)
             yield replace(done, figures=objectives.averaged([tallies for _, tallies in told.values()]))
+
+
+def _gradients(
+    policy: Policy, objective: Objective, batches: Sequence[Batch], course: Course, step: int,
+    scaler: torch.amp.GradScaler | None, on_micro_batch: Callable[[int, int], None], peers: Peers, update: int,
+) -> dict[int, tuple[float, Tallies]]:  # fmt: skip
+    """The gradient of a step's mean loss, left in the parameters; each micro-batch's summed loss and its figures."""
+    count, parameters = sum(batch.count for batch in batches), list(policy.trainable().values())
+    told: dict[int, tuple[float, Tallies]] = {}
+    for number, batch in peers.share(batches):
+        torch.manual_seed(course.noise_seed(step, number + update * len(batches)))
+        result = objective.loss(policy, batch.to(policy.device))
+        stop_if_not_finite(result.total, "loss", step, batch.rows)
+        scaled = result.total / count
+        (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
+        told[number] = result.total.item(), result.tallies
+        on_micro_batch(number + 1, len(batches))
+    peers.keep_up(batches, lambda batch: objective.loss(policy, batch.to(policy.device)).total, parameters)
+    return peers.gather(told, parameters)
 
 
 def end_step(
@@ -158,28 +171,42 @@ def end_step(
     step: int, batches: Sequence[Batch], loss: float, began: float, waited: float,
 ) -> StepDone:  # fmt: skip
     """Take the optimizer's step from the gradients that the step's batches left, and say what happened."""
-    rate = course.rate(step)
-    rows = [row for batch in batches for row in batch.rows]
-    try:
-        norm = _update(optimizer, list(policy.trainable().values()), rate, course.max_grad_norm, scaler)
-    except torch.OutOfMemoryError as error:  # some tensors may have been moved: this step cannot be repeated
-        what = f"out of memory in the optimizer: {str(error).splitlines()[0]}"
-        raise EnvironmentFault(what, f"step {step + 1}", "choose an 8-bit or paged train.optimizer") from None
-    if norm is None or not math.isfinite(norm):
-        stop_if_not_finite(torch.tensor(math.nan), "gradient", step, rows)
+    norm = _moved(policy, course, optimizer, scaler, step, batches)
     hardware.trim(course.memory)
     return StepDone(
         step=step + 1,
         loss=loss,
-        learning_rate=rate,
-        grad_norm=float(norm or 0.0),
+        learning_rate=course.rate(step),
+        grad_norm=norm,
         tokens=sum(batch.tokens for batch in batches),
         supervised=sum(batch.supervised for batch in batches),
-        samples=len(rows),
+        samples=sum(len(batch.rows) for batch in batches),
         seconds=time.perf_counter() - began,
         waited=waited,
         loss_scale=scaler.get_scale() if scaler else None,
     )
+
+
+def _moved(
+    policy: Policy, course: Course, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, step: int,
+    batches: Sequence[Batch],
+) -> float:  # fmt: skip
+    """Update the weights; the gradient's norm. From here on the step cannot be taken again."""
+    with _not_again(step):
+        norm = _update(optimizer, list(policy.trainable().values()), course.rate(step), course.max_grad_norm, scaler)
+    if norm is None or not math.isfinite(norm):
+        stop_if_not_finite(torch.tensor(math.nan), "gradient", step, [row for batch in batches for row in batch.rows])
+    return float(norm or 0.0)
+
+
+@contextlib.contextmanager
+def _not_again(step: int) -> Iterator[None]:
+    """Some weights may have been moved: where memory runs out inside, the step cannot be repeated with less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"out of memory in the optimizer: {str(error).splitlines()[0]}"
+        raise EnvironmentFault(what, f"step {step + 1}", "choose an 8-bit or paged train.optimizer") from None
 
 
 def _update(

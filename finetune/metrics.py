@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from finetune.loop import StepDone
 
 
-_TOLD = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL", "cross_entropy": "cross-entropy"}
+_TOLD = {
+    "reward": "reward", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL",
+    "cross_entropy": "cross-entropy",
+}  # fmt: skip
 """An objective's figures that the live line has room for."""
 
 

@@ -133,9 +133,9 @@ class Policy:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None,
-        sampling: Sampling = GREEDY, numbers: Sequence[int] | None = None,
+        sampling: Sampling = GREEDY, numbers: Sequence[int] | None = None, with_stop: bool = False,
     ) -> list[list[int]]:  # fmt: skip
-        """Answers to a batch of prompts, without the stop token. Call inside ``evaluating``.
+        """Answers to a batch of prompts, with or without the stop token. Call inside ``evaluating``.
 
         ``numbers``: which draw of the seed each answer is (its place in the batch). What ``streamer`` raises ends it.
         Penalties that the base's generation_config.json names do not count: greedy is the argmax of the logits.
@@ -152,7 +152,7 @@ class Policy:
                 eos_token_id=stops, pad_token_id=pad, temperature=None, top_p=None, top_k=None, streamer=streamer,
                 logits_processor=drawn, repetition_penalty=None, no_repeat_ngram_size=None,
             )  # fmt: skip
-        return [_until(row, stops) for row in out[:, longest:].tolist()]
+        return [_until(row, stops, with_stop) for row in out[:, longest:].tolist()]
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the turn's stop token first, then what the model itself names."""
@@ -162,9 +162,9 @@ class Policy:
         return [first, *[token for token in more if token != first]]
 
 
-def _until(ids: list[int], stops: list[int]) -> list[int]:
+def _until(ids: list[int], stops: list[int], with_stop: bool) -> list[int]:
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return ids[:end]
+    return ids[: end + with_stop]
 
 
 @contextlib.contextmanager

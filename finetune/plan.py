@@ -19,7 +19,7 @@ from finetune.errors import EnvironmentFault, RecipeError
 from finetune.hardware import Hardware
 from finetune.optimizer import Tensors
 from finetune.recipe import Located, Recipe, adapter_methods, adapter_source
-from finetune.recipe.objective_keys import EXTRA_PASSES
+from finetune.recipe.objective_keys import extra_passes
 from finetune.schedule import Part
 from finetune.speed import Work
 from finetune.targets import Target
@@ -45,7 +45,7 @@ class Plan:
     steps: int | None
     samples: int | None
     counted: str
-    """What its samples are: samples, or pairs."""
+    """What its samples are: samples, pairs or prompts, whose tokens are those of all answers to them, at most."""
     tokens: int | None
     supervised_tokens: int | None
     targets: tuple[Target, ...]
@@ -128,8 +128,9 @@ def make(
     need = need_of(located, shape, hardware, load, rows, beside, processes)
     compute, tensors = need.compute, need.tensors
     steps = course_steps(recipe, load.lengths, load.parts) if load else None
-    fitted = fitting.fit(need, _step_tokens(recipe, steps, load))
-    done = speed.work(steps, load, fitted.micro_batch_tokens) if load and steps else None
+    taken, seen = speed.as_sampled(recipe, steps, load) if load and steps else (steps, load)
+    fitted = fitting.fit(need, _step_tokens(recipe, taken, seen))
+    done = speed.work(taken, seen, fitted.micro_batch_tokens) if seen and taken else None
     offload, full = fitted.recompute == "offload", fitted.micro_batch_tokens
     memory = predicted(need, fitted.layers, offload, done, full)
     kind = recipe.train.optimizer
@@ -145,7 +146,6 @@ def make(
             raise EnvironmentFault(what, f"memory of {hardware.name}", _smaller(recipe, processes))
         remarks.append(f"does not fit here: {what}")
     chosen = [index for step in steps for index in step] if steps and load else []
-    tokens = sum(load.lengths[i] for i in chosen) if load else None
     remarks += shares(load, chosen) if load else []
     fields = targets.fields_of(recipe.adapter.method, dict(recipe.adapter.fields))
     fields |= {"trainable_token_indices": rows} if rows else {}
@@ -156,17 +156,22 @@ def make(
         loss_scaling=compute == "fp16", recompute=fitted.recompute,
         recomputed_layers=fitted.layers, micro_batch_tokens=fitted.micro_batch_tokens,
         steps=len(steps) if steps is not None else recipe.train.steps,
-        samples=len(chosen) if load else None, tokens=tokens,
-        counted="pairs" if recipe.objective.rows == "pairs" else "samples",
-        supervised_tokens=sum(load.supervised[i] for i in chosen) if load else None,
+        samples=len(chosen) if load else None, tokens=_through(taken, seen.lengths) if seen else None,
+        counted=recipe.objective.rows if recipe.objective.rows in ("pairs", "prompts") else "samples",
+        supervised_tokens=_through(taken, seen.supervised) if seen else None,
         targets=selection.targets, whole_parameters=whole,
         frozen_parameters=sum(one.parameters for one in tensors if one.role == "A") if kind == "lora_fa" else 0,
         adapter_fields=fields,
         budget=memory, free_memory=hardware.free_memory,
         seconds=speed.seconds(need, fitted.layers, done) if done else None,
-        output=recipe.output, output_bytes=budget.output_bytes(recipe, tensors),
+        output=recipe.output, output_bytes=output_bytes(recipe, tensors),
         notes=tuple(remarks), unchecked=(*unchecked, *_uncounted(selection, recipe)),
     )  # fmt: skip
+
+
+def _through(steps: Sequence[Sequence[int]] | None, counts: Sequence[int]) -> int:
+    """So many tokens go through the model in a course, by each sample's."""
+    return sum(counts[index] for step in steps or () for index in step)
 
 
 def _step_tokens(recipe: Recipe, steps: Sequence[Sequence[int]] | None, load: Load | None) -> int | None:
@@ -234,13 +239,14 @@ def _aim(recipe: Recipe) -> list[str]:
     chosen = recipe.objective
     if chosen.method == "sft":
         return []
-    settings = ", ".join(f"{key} {value}" for key, value in chosen.settings().items() if value is not None)
+    said = {key: value for key, value in chosen.settings().items() if value is not None and key != "rewards"}
+    settings = ", ".join(f"{key} {value}" for key, value in said.items())
     if chosen.method == "distill":
         return [f"objective {chosen.method} ({settings})"]
-    passes = EXTRA_PASSES.get(chosen.method, 0)
+    referred = bool(chosen.beta) if chosen.method == "grpo" else extra_passes(chosen) > 0
     origin = recipe.adapter.start_from
     against = f"the adapter of {origin}" if origin else "the base without adapter"
-    seen = f"the reference is {against}, looked at in each step: no second model" if passes else "no reference policy"
+    seen = f"the reference is {against}, looked at in each step: no second model" if referred else "no reference policy"
     parts = "a pair is a chosen and a rejected text, never parted; " if chosen.rows == "pairs" else ""
     if chosen.scored:
         seen = "a score head is trained beside the adapter, from zeros, and read at each text's last token"
@@ -277,3 +283,11 @@ def _remarks(recipe: Recipe, hardware: Hardware, compute: str) -> list[str]:
     if reason:
         found.append(f"the fused LoRA step is off: {reason}; PEFT's own forward is used")
     return found
+
+
+def output_bytes(recipe: Recipe, tensors: Sequence[Tensors]) -> int:
+    """Checkpoints hold the adapter and the optimizer's state; one more is being written while the last are kept."""
+    adapter = 4 * sum(one.parameters for one in tensors)
+    saved = optimizer.saved_bytes(recipe.train.optimizer, tensors)
+    best = adapter if recipe.evaluate.keep == "best" else 0
+    return (recipe.train.keep_last + 1) * (adapter + saved) + adapter + best + 10_000_000

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from finetune import (
     objectives,
     plan,
     recipe,
+    rollouts,
     source,
     starting,
     teaching,
@@ -32,7 +33,7 @@ from finetune import (
 )
 from finetune.base import Base, as_scorer, inspect
 from finetune.budget import Load
-from finetune.dataset import Reader
+from finetune.dataset import Question, Reader
 from finetune.decoder import DecoderShape
 from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.evaluate import HeldOut
@@ -55,7 +56,8 @@ _NO_CHOICE = "only the original Qwen has a choice here; this model's config.json
 class Prepared:
     """A run that passed every check. Without ``base`` the model is known by its numbers only.
 
-    ``together``: other adapters trained in the same passes; ``start``: what it begins with; ``teacher``: who teaches.
+    ``together``: other adapters trained in the same passes; ``start``: what it begins with; ``teacher``: who teaches;
+    ``questions``: where answers are sampled, the training rows as they are asked, by their places.
     """
 
     located: Located
@@ -71,6 +73,7 @@ class Prepared:
     together: tuple[str, ...] = ()
     start: Start | None = None
     teacher: Teacher | None = None
+    questions: Mapping[str, Question] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -79,9 +82,11 @@ class Prepared:
     @property
     def objective(self) -> Objective:
         """What the run minimises, with the recipe's settings."""
-        chosen = self.recipe.objective
+        chosen, settings = self.recipe.objective, self.recipe.objective.settings()
+        if chosen.rows == "prompts":
+            settings = rollouts.settings(chosen, self.questions)
         more = {"longest": self.recipe.train.max_length} if chosen.rows == "labels" else {}
-        return objectives.get(chosen.method, chosen.settings() | more)
+        return objectives.get(chosen.method, settings | more)
 
 
 def prepare(
@@ -140,12 +145,14 @@ def _prepared(
     renderer = _renderer(located, base)
     gathered = gather.gather(located.recipe, renderer, progress)
     _refuse_long_answers(located, base, gathered.held_out)
+    questions = rollouts.questions(located, renderer, gathered.left_out())
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
     load = gather.load_of(located.recipe, gathered, len(renderer.tokenizer))
     teacher = teaching.find(located, base, renderer.tokenizer, gathered) if training else None
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.own_head),
-        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks, *teaching.notes(teacher)],
+        notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks, *teaching.notes(teacher),
+               *rollouts.notes(located.recipe, questions)],
         beside=teaching.beside(teacher, base.shape), processes=processes,
     )  # fmt: skip
     free = hardware.free_disk(Path(made.output))
@@ -156,14 +163,15 @@ def _prepared(
         located=located, hardware=machine, base=base, shape=base.shape, load=load, plan=made, commit=found.commit,
         samples=gathered.samples, held_out=gathered.held_out, named=gathered.named,
         start=starting.find(located, made.adapter_fields) if training else None, teacher=teacher,
+        questions=questions,
     )  # fmt: skip
 
 
 def _renderer(located: Located, base: Base) -> Renderer:
     data = located.recipe.data
     made = Renderer(
-        tokenizer.of(base), base.stop_token, piecewise=base.piecewise, train_on=data.train_on, thinking=data.thinking,
-        literals=data.literal_tokens,
+        tokenizer.of(base), base.stop_token, piecewise=base.piecewise, thinking=data.thinking,
+        train_on="last" if located.recipe.objective.rows == "prompts" else data.train_on, literals=data.literal_tokens,
     )  # fmt: skip
     known = gather.special_tokens(made)
     for index, token in enumerate(data.literal_tokens):
@@ -187,6 +195,9 @@ def _refuse_place(located: Located, processes: int) -> None:
     if chosen.train.workers > processors:
         what = f"{chosen.train.workers} processes on {processors} processors"
         raise EnvironmentFault(what, located.where("train.workers"), f"at most {processors} here")
+    if processes > 1 and chosen.objective.rows == "prompts":
+        what = "grpo samples and judges its answers in one process"
+        raise RecipeError(what, "--processes", "leave it out, or take another objective.method")
     if chosen.train.shard != "none" and processes == 1:
         what = f"{chosen.train.shard} parts the base among several processes, and this is one"
         raise RecipeError(what, located.where("train.shard"), "add --processes N, or set it to none")

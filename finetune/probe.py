@@ -12,7 +12,7 @@ import torch
 
 from finetune import hardware, loop, model, plan, speed, starts, teacher, teaching
 from finetune import optimizer as optimizers
-from finetune.errors import EnvironmentFault, ModelError
+from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.fallback import Setting
 from finetune.loading import BaseForm
 from finetune.loop import Course
@@ -61,6 +61,9 @@ def probe(prepared: Prepared, terminal: Terminal) -> Probed:
     if base is None or load is None or samples is None:
         fix = "bring it here first (finetune train does), or plan without --probe"
         raise ModelError("the weights are not on this disk", chosen.model, fix)
+    if prepared.recipe.objective.rows == "prompts":
+        what = "what grpo puts through the model it must first sample"
+        raise RecipeError(what, prepared.located.where("objective.method"), "plan without --probe")
     setting = Setting(
         recompute=chosen.recompute, recomputed_layers=chosen.recomputed_layers,
         micro_batch_tokens=chosen.micro_batch_tokens,

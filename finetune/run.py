@@ -18,6 +18,7 @@ from finetune.loop import Course
 from finetune.model import Policy
 from finetune.peers import ALONE, PASS, Peers
 from finetune.prepare import Prepared
+from finetune.recipe.objective_keys import FORMATS
 from finetune.runfolder import RunFolder
 from finetune.taught import Taught
 from finetune.terminal import ByteBar, Progress, Terminal, size
@@ -170,7 +171,7 @@ class Run:
         return evaluate.How(
             metrics=wanted.metrics, max_new_tokens=wanted.max_new_tokens, batch_rows=wanted.batch_rows,
             micro_batch_tokens=self.identity.resolved["micro_batch_tokens"], asked=wanted.asked(),
-            objective=self.prepared.objective if self.prepared.recipe.objective.rows != "answers" else None,
+            objective=self.prepared.objective if self.prepared.recipe.objective.rows in FORMATS else None,
             taught=taught.digest(self.folder.root / taught.FOLDER),
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ All that comes from files goes through ``webpage.words`` or ``safe``: it can be 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ _PARTS = ("weights", "teacher", "adapter", "gradients", "optimizer", "activation
 _KINDS = ("trained", "end", "frame", "read")
 ROWS = 200
 _NUMBERS = 20
+_REWARDS = 6
+"""Rewards whose curves are drawn."""
 
 
 def took(seconds: float) -> str:
@@ -50,6 +53,7 @@ def training(story: Story) -> str:
         ),
         *_judging(story),
         *_teaching(story),
+        *_sampling(story),
         Plot(title="learning rate", shown=short, series=[Series(label="", points=curves["learning_rate"])]),
         Plot(title="gradient norm", shown=short, smooth=True, series=[Series(label="", points=curves["grad_norm"])]),
         Plot(
@@ -108,6 +112,29 @@ def _teaching(story: Story) -> list[Plot]:
         Plot(title="divergence from the teacher", shown=short, smooth=True, zero=True, series=apart),
         Plot(title="cross-entropy of the answers", shown=short, smooth=True, series=own),
     ]
+
+
+def _sampling(story: Story) -> list[Plot]:
+    """The curves of an objective that answers by itself and is rewarded."""
+    curves = story.curves
+    if not curves["reward"]:
+        return []
+    kinds = itertools.cycle(("main", "second"))
+    names = sorted(name for name in curves if name.startswith("rewards/") and name.endswith("/mean"))[:_REWARDS]
+    parts = [
+        Series(label=clean(name.split("/")[1], 40), points=curves[name], kind=kind)
+        for name, kind in zip(names, kinds, strict=False)
+    ]
+
+    def one(title: str, name: str) -> Plot:
+        return Plot(title=title, shown=short, smooth=True, series=[Series(label="", points=curves[name])])
+
+    each = [Plot(title="rewards", shown=short, smooth=True, series=parts)] if parts[1:] else []
+    return [
+        one("reward", "reward"), *each,
+        one("groups whose answers earn the same", "frac_reward_zero_std"), one("KL from the reference", "kl"),
+        one("tokens of an answer", "completions/mean_length"), one("answers cut off", "completions/clipped_ratio"),
+    ]  # fmt: skip
 
 
 def _numbers(story: Story) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import ended, scores
+from finetune import ended, evals, scores
 from finetune.runfolder import RunFolder, read_json
 from finetune.terminal import amount, clean, duration
 
@@ -23,8 +23,10 @@ CURVES = (
     "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory", "seconds", "tokens", "rewards/chosen",
     "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl",
     "divergence", "cross_entropy",
+    "reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
+    *(f"rewards/{metric}/mean" for metric in evals.ANSWERED),
 )  # fmt: skip
-"""From the rewards on they are of objectives that learn from judged answers, the last two of a teacher's students."""
+"""From the seventh on they are of objectives: of judged answers, of a teacher's students, of answers of one's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,13 @@ those of a card are estimates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune import evals, schedule
 from finetune.budget import BYTES, Load, Need, Pass
+from finetune.recipe import Recipe
 
 _EFFICIENCY_CARD = 0.45
 """Share of a card's matrix-product rate that a whole step reaches."""
@@ -97,13 +99,18 @@ def parts(need: Need, layers: int, done: Work) -> dict[str, float]:
 
 def training_seconds(need: Need, layers: int, done: Work) -> float | None:
     """Seconds of the optimizer steps; None without a known rate. ``layers``: how many are recomputed."""
+    chosen, once = need.recipe.objective, _once(need, layers, done)
+    return None if once is None else once * ((chosen.iterations or 1) + _FORWARD * need.extra_passes)
+
+
+def _once(need: Need, layers: int, done: Work) -> float | None:
+    """Seconds of going through that work once, forward and back."""
     if need.hardware.flops is None:
         return None
     found = parts(need, layers, done)
-    times = 1 + _FORWARD * need.extra_passes
     if need.hardware.device != "cpu":
-        return times * found["products"] / _EFFICIENCY_CARD
-    times *= _WITHOUT_KERNELS if need.recipe.train.kernels == "off" else 1.0
+        return found["products"] / _EFFICIENCY_CARD
+    times = _WITHOUT_KERNELS if need.recipe.train.kernels == "off" else 1.0
     return times * sum(cost * found[name] for name, cost in _COST.items())
 
 
@@ -112,12 +119,35 @@ def seconds(need: Need, layers: int, done: Work) -> float | None:
     training, load = training_seconds(need, layers, done), need.load
     if training is None or load is None:
         return training
-    return training + load.evaluations * judging_seconds(need, load)
+    return training + sampling_seconds(need, done) + load.evaluations * judging_seconds(need, load)
+
+
+def as_sampled(recipe: Recipe, steps: Sequence[Sequence[int]], load: Load) -> tuple[Sequence[Sequence[int]], Load]:
+    """What goes through the model where the run samples: each prompt as often as it is answered, each answer as long as
+    it may be. A course without sampling as it is."""
+    chosen = recipe.objective
+    if not chosen.completions or not chosen.max_new_tokens:
+        return steps, load
+    prompts = [length - answer for length, answer in zip(load.lengths, load.supervised, strict=True)]
+    lengths = [prompt + chosen.max_new_tokens for prompt in prompts]
+    again = [tuple(index for index in step for _ in range(chosen.completions)) for step in steps]
+    return again, replace(load, lengths=lengths, supervised=[chosen.max_new_tokens] * len(lengths))
+
+
+def sampling_seconds(need: Need, done: Work) -> float:
+    """Seconds of answering the prompts of all steps; ``done`` as sampled. What judges the answers is not counted."""
+    chosen = need.recipe.objective
+    if not chosen.completions or not chosen.max_new_tokens or not chosen.batch_rows:
+        return 0.0
+    rows = done.supervised / chosen.max_new_tokens
+    turns = done.steps * math.ceil(rows / max(1, done.steps) / chosen.batch_rows) * chosen.max_new_tokens
+    passes = replace(done, steps=0, supervised=0, tokens=done.tokens - done.supervised)
+    return _FORWARD * (_once(need, 0, passes) or 0.0) + _writing_seconds(need, turns)
 
 
 def judging_seconds(need: Need, load: Load) -> float:
     """Seconds of judging the held-out rows once: their loss, and their answers where those are asked for."""
-    wanted, shape = need.recipe.evaluate, need.shape
+    wanted = need.recipe.evaluate
 
     def forward(tokens: float, supervised: float) -> float:
         one = Pass(tokens=0, supervised=0, longest=0)
@@ -126,7 +156,7 @@ def judging_seconds(need: Need, load: Load) -> float:
             steps=0, passes=tokens / max(mean, 2048), tokens=tokens, supervised=supervised, squares=tokens * mean,
             heaviest=one,
         )  # fmt: skip
-        return _FORWARD * (training_seconds(need, 0, read) or 0.0)
+        return _FORWARD * (_once(need, 0, read) or 0.0)
 
     share = sum(load.supervised) / sum(load.lengths)
     total = (
@@ -137,6 +167,12 @@ def judging_seconds(need: Need, load: Load) -> float:
     if not set(wanted.metrics) & set(evals.ANSWERED) or not load.generated_rows:
         return total
     turns = -(-load.generated_rows // wanted.batch_rows) * wanted.max_new_tokens
+    return total + forward(load.prompt_tokens, 0) + _writing_seconds(need, turns)
+
+
+def _writing_seconds(need: Need, turns: float) -> float:
+    """Seconds of so many tokens, each of all rows that are answered at once."""
+    shape = need.shape
     reading = BYTES[need.compute] * (shape.linear_parameters() + shape.vocab * shape.hidden)
     bandwidth = need.hardware.bandwidth or _CARD_BANDWIDTH
-    return total + forward(load.prompt_tokens, 0) + turns * (shape.layers * _TOKEN_LAYER + reading / bandwidth)
+    return turns * (shape.layers * _TOKEN_LAYER + reading / bandwidth)

@@ -24,7 +24,7 @@ _IS = {
 }  # fmt: skip
 _TRAINS = {
     "answers": "this objective trains on every answer", "pairs": "this objective trains on pairs",
-    "labels": "objective kto trains on labels",
+    "labels": "objective kto trains on labels", "prompts": "objective grpo answers by itself, beside a right answer",
 }  # fmt: skip
 _SINGLE, _PAIRED = "train with objective.method: sft", "train with objective.method: dpo, orpo, simpo or reward"
 _LABELLED = "train with objective.method: kto"
@@ -181,12 +181,13 @@ def fit(rows: Sequence[Row], window: Window) -> Fitted:
 
 
 def refusal(conversation: Conversation, rows: str) -> RowFault | None:
-    """What is wrong with a row where an objective trains on ``rows``: answers, pairs or labels."""
+    """What is wrong with a row where an objective trains on ``rows``: answers, pairs, labels or prompts."""
     kind = "pairs" if conversation.rejected else "answers" if conversation.label is None else "labels"
-    if kind == rows:
+    asks = "answers" if rows == "prompts" else rows
+    if kind == asks:
         return None
     code = "ranked" if conversation.ranked else "not_ranked"
-    return RowFault("", f"{_IS[kind]}, and {_TRAINS[rows]}", _MEND[rows, kind], code=code)
+    return RowFault("", f"{_IS[kind]}, and {_TRAINS[rows]}", _MEND[asks, kind], code=code)
 
 
 def refuse_empty(samples: int, max_length: int, place: str) -> None:

@@ -135,6 +135,7 @@ def test_tests_mirror_the_package() -> None:
         "traincli": "test_launch", "follow": "test_launch", "jobtask": "test_launch",
         "sharding": "test_peers", "allreduce": "test_peers", "sweepplan": "test_sweep", "judgecli": "test_judgement",
         "bare": "test_judgement", "rating": "objectives/test_reward",
+        "rollouts": "objectives/test_grpo",
     }  # fmt: skip
     for path in (ROOT / "finetune").glob("*.py"):
         if not path.name.startswith("__"):

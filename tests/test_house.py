@@ -26,7 +26,7 @@ ROAD = [
     "comparepage", "compare", "runtable", "runview", "engines", "launch", "together", "follow", "train", "state",
     "copies", "probe", "teacher", "starts", "fallback", "best", "run",
     "runpage", "runresult", "runsections", "runstory", "datasample", "look", "prepare",
-    "teaching", "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
+    "teaching", "rollouts", "gather", "starting", "heldout", "source", "datafix", "datashow", "datacheck", "repeats",
     "similar", "texts", "report", "joint_plan", "plan", "targets", "fitting", "speed", "budget", "merge", "fold",
     "proof", "scores", "evaluate", "taught", "generation", "metrics", "devices", "lockstep", "loop", "optimizer",
     "peers", "allreduce", "checkpoint", "shared_base", "model", "methods", "beginning", "sharding", "loading",
@@ -40,8 +40,8 @@ CHOICES = [
 ]  # fmt: skip
 GROUND = [
     "hftrainer", "dsfile", "foreignobjective", "foreignparts", "foreign", "shellscript",
-    "plot", "webpage", "gguf_file", "answer_schema", "pattern", "endings", "llamacpp", "llamaruntime", "interrupts",
-    "jobplace", "timelimit", "unfinished", "ended",
+    "plot", "webpage", "gguf_file", "answer_schema", "pattern", "cage", "endings", "llamacpp", "llamaruntime",
+    "interrupts", "jobplace", "timelimit", "unfinished", "ended",
     "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",
     "signature", "verify", "manifest", "runfolder", "conflicts", "tiny_base", "errors",
 ]  # fmt: skip

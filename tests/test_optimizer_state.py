@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetune import base as bases
-from finetune import budget, checkpoint, loop, model, recipe, targets
+from finetune import checkpoint, loop, model, plan, recipe, targets
 from finetune import optimizer as optimizers
 from finetune.checkpoint import Checkpoint
 from finetune.model import Policy
@@ -122,7 +122,7 @@ def test_the_budget_is_what_the_state_takes(work: Path, tmp_path: Path, kind: st
     assert optimizers.state_bytes(kind, tensors) == sum(held.values())
     saved = sum(value.nbytes for value in checkpoint.optimizer_tensors(optimizer, policy.trainable()).values())
     assert 0 <= saved - optimizers.saved_bytes(kind, tensors) <= 8 * len(policy.trainable())  # the step counters
-    assert budget.output_bytes(located.recipe, tensors) > 3 * (saved + 4 * sum(one.parameters for one in tensors))
+    assert plan.output_bytes(located.recipe, tensors) > 3 * (saved + 4 * sum(one.parameters for one in tensors))
 
 
 def test_states_of_a_14b_adapter() -> None:

@@ -16,7 +16,7 @@ from finetune import bootstrap
 if TYPE_CHECKING:
     from finetune.dataset import Question
 
-ANSWERED = ("exact_match", "contains", "regex", "json_schema", "command")
+ANSWERED = ("exact_match", "contains", "regex", "json_schema", "command", "unit_test")
 """Metrics of answers that the model writes: without one of them none are written."""
 ROWWISE = (*ANSWERED, "multiple_choice")
 """Metrics that say something of each row's answer; of all of them more is better."""

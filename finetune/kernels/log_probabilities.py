@@ -43,6 +43,13 @@ def by_sample(
     return _sums(-cross_entropy.losses(hidden, head, targets), spans, scales)
 
 
+def by_token(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, *, fused: bool = True) -> torch.Tensor:
+    """Each token's log-probability, in fp64. hidden: [n, hidden], targets: [n] → [n]; not ``fused``: as ``plain``."""
+    if fused:
+        return -cross_entropy.losses(hidden, head, targets).double()
+    return -torch.nn.functional.cross_entropy(cross_entropy.wide(head(hidden)), targets, reduction="none").double()
+
+
 def _sums(found: torch.Tensor, spans: Sequence[int], scales: torch.Tensor | None) -> torch.Tensor:
     """Added sample by sample: an indexed addition has no fixed order on a card, and so no fixed bits."""
     wide = found.double() if scales is None else found.double() * scales

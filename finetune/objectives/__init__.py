@@ -137,7 +137,8 @@ class Ranking(Objective, Protocol):
 
 
 def get(method: str, settings: Mapping[str, Any]) -> Objective:
-    """The objective of that name. ``settings``: its keys in the recipe; KTO's also ``longest``."""
+    """The objective of that name. ``settings``: its keys in the recipe; KTO's also ``longest``, and GRPO's ``sample``
+    in place of those that say how answers are sampled and judged."""
     module: Any = importlib.import_module(f"{__name__}.{method}")
     made: Objective = module.make(**settings)
     return made
@@ -242,6 +243,11 @@ def _told(found: torch.Tensor, rewards: torch.Tensor, *, scored: bool) -> Tallie
 def better(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """1 where ``one`` is more, 0 where it is less, a half where they are equal: chance, which is where a run begins."""
     return (one > other).double() + 0.5 * (one == other).double()
+
+
+def updates(objective: Objective) -> int:
+    """How many updates a step makes from the same batches: one, but where an objective says otherwise."""
+    return int(getattr(objective, "updates", 1))
 
 
 def averaged(tallies: Sequence[Tallies]) -> dict[str, float]:

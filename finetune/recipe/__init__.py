@@ -15,7 +15,9 @@ from pydantic import Field, ValidationError
 
 from finetune.errors import Fault, RecipeError
 from finetune.recipe import adapter_fields, checks, editor_schema, judging, several, sources, wording
-from finetune.recipe.sections import Adapter, Data, Evaluate, Objective, Quantize, Section, Train
+from finetune.recipe.section import Section
+from finetune.recipe.sections import Adapter, Data, Evaluate, Objective, Quantize
+from finetune.recipe.training import Train
 from finetune.recipe.words import Finding
 
 Scalar = str | int | float | bool

@@ -33,6 +33,7 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     yield from _quantize(tree)
     yield from _start(tree)
     yield from judging.check(tree)
+    yield from judging.rewards(tree)
     yield from keeping.check(tree)
     yield from objective_keys.check(tree)
     yield from paths.check(tree)

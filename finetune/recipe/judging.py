@@ -9,12 +9,14 @@ from typing import Any
 
 from finetune import answer_schema, pattern
 from finetune.recipe.words import Finding, near_path, shown
+from finetune.recipe.yamlfile import KeyPath
 
 _OWN = {
     "regex": "write the pattern that an answer must match",
     "json_schema": "name a file with a JSON schema",
     "multiple_choice": "list the options, or name the column that holds a row's own",
     "command": "write the command as a list of words",
+    "unit_test": "write the command that tries out an answer, as unit_test: {command: [word, word]}",
 }
 """Metrics that need something under their own name, and what."""
 
@@ -38,6 +40,27 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(("evaluate", metric), f"evaluate.metrics does not name {metric}", "add it there")
         elif value is not None and (fault := _FAULTS[metric](value)):
             yield Finding(("evaluate", metric), *fault)
+
+
+def rewards(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Faults of ``objective.rewards``: each metric has what it needs, as in ``evaluate:``, and nothing else."""
+    section = tree.get("objective")
+    listed = section.get("rewards") if isinstance(section, dict) else None
+    for number, reward in enumerate(listed if isinstance(listed, list) else []):
+        metric = reward.get("metric") if isinstance(reward, dict) else None
+        if not isinstance(metric, str):
+            continue
+        at: KeyPath = ("objective", "rewards", number)
+        for key in ("regex", "json_schema", "command", "unit_test"):
+            value = reward.get(key)
+            if value is None and key == metric:
+                yield Finding(at, f"{metric} needs {metric}:", f"{_OWN[metric]} there")
+            elif value is not None and key != metric:
+                yield Finding((*at, key), f"has no meaning with {metric}", "remove it")
+            elif value is not None and (fault := _FAULTS[key](value)):
+                yield Finding((*at, key), *fault)
+        if reward.get("command_timeout") is not None and metric != "command":
+            yield Finding((*at, "command_timeout"), f"has no meaning with {metric}", "remove it")
 
 
 def _rows(section: dict[str, Any], data: dict[str, Any], metrics: list[str]) -> Iterator[Finding]:
@@ -104,4 +127,11 @@ def _command(value: Any) -> Fault:
     return None
 
 
-_FAULTS = {"regex": _regex, "json_schema": _json_schema, "multiple_choice": _multiple_choice, "command": _command}
+def _unit_test(value: Any) -> Fault:
+    return _command(value.get("command")) if isinstance(value, dict) else None
+
+
+_FAULTS = {
+    "regex": _regex, "json_schema": _json_schema, "multiple_choice": _multiple_choice, "command": _command,
+    "unit_test": _unit_test,
+}  # fmt: skip

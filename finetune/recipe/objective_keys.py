@@ -22,11 +22,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "teacher": None, "teacher_weights": "auto", "temperature": 1.0, "divergence": "forward_kl", "beta": None,
         "alpha": 0.0,
     },
+    "grpo": {
+        "rewards": None, "completions": 8, "max_new_tokens": 256, "temperature": 1.0, "loss": "dapo", "beta": 0.0,
+        "epsilon": 0.2, "epsilon_high": None, "scale_rewards": "group", "iterations": 1,
+        "mask_truncated_completions": False, "use_bias_correction_kl": True, "batch_rows": 32,
+    },
 }  # fmt: skip
-"""Method → its keys. Those of the papers: DPO, ORPO and KTO 0.1, SimPO 2 with a margin of half of it."""
+"""Method → its keys. Those of the papers: DPO, ORPO and KTO 0.1, SimPO 2 with a margin of half of it; of GRPO TRL's."""
 ROWS = {
     "sft": "answers", "dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels", "reward": "pairs",
-    "distill": "answers",
+    "distill": "answers", "grpo": "prompts",
 }  # fmt: skip
 """Method → what it trains on."""
 SCORED = ("reward",)
@@ -40,6 +45,16 @@ FORMATS = {"pairs": ("preference",), "labels": ("kto",)}
 EXTRA_PASSES = {"dpo": 1, "kto": 3}
 """Forward passes without gradients in each step, beside the one that trains: the reference's, and those of KTO's zero
 point."""
+_COLDEST, _WARMEST = 0.01, 2.0
+"""Temperatures that answers are sampled at."""
+_LOSSES = {"dpo": ("sigmoid", "ipo", "hinge", "robust"), "grpo": ("grpo", "dr_grpo", "dapo")}
+
+
+def extra_passes(chosen: Any) -> int:
+    """Those of a recipe's ``objective``; grpo looks at the reference and back where its keys ask for it."""
+    if chosen.method == "grpo":
+        return int(bool(chosen.beta)) + int(chosen.iterations > 1)
+    return EXTRA_PASSES.get(chosen.method, 0)
 
 
 def scores(tree: dict[str, Any]) -> tuple[str, ...]:
@@ -63,10 +78,16 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
     for key, value in section.items():
         if key in every and key not in DEFAULTS[method] and value is not None:
             yield Finding(("objective", key), f"has no meaning with {method}", "remove it")
+    if (loss := section.get("loss")) is not None and method in _LOSSES and loss not in _LOSSES[method]:
+        yield Finding(("objective", "loss"), f"is no loss of {method}", f"use {' or '.join(_LOSSES[method])}")
+    if section.get("beta") == 0 and method != "grpo":
+        yield Finding(("objective", "beta"), f"is 0, which leaves nothing of {method}", "make it larger")
     if method == "dpo":
         yield from _smoothing(section)
     if method == "distill":
         yield from _teacher(section)
+    if method == "grpo":
+        yield from _sampled(tree, section)
     train = tree.get("train")
     if method == "kto" and isinstance(train, dict) and train.get("examples_per_step") == 1:
         what = "kto takes its zero point from the other answers of a step"
@@ -98,6 +119,29 @@ def _teacher(section: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(("objective", "beta"), f"must be below 1 with jsd; found {beta}", "1 is divergence: reverse_kl")
 
 
+def _sampled(tree: dict[str, Any], section: dict[str, Any]) -> Iterator[Finding]:
+    """What sampling asks of other keys."""
+    if section.get("rewards") is None:
+        what = "missing: grpo learns from what its answers earn"
+        yield Finding(("objective", "rewards"), what, "add rewards: [{metric: exact_match}], or other metrics")
+    if (warmth := _number(section.get("temperature"))) is not None and not _COLDEST <= warmth <= _WARMEST:
+        what = f"nothing can be sampled from: give {_COLDEST} to {_WARMEST}; found {warmth}"
+        yield Finding(("objective", "temperature"), what, "1 is the model's own")
+    train, data = tree.get("train"), tree.get("data")
+    train, data = train if isinstance(train, dict) else {}, data if isinstance(data, dict) else {}
+    if train.get("tokens_per_step") is not None:
+        what = "grpo does not know its answers' tokens ahead"
+        yield Finding(("train", "tokens_per_step"), what, "use examples_per_step: prompts in one step")
+    if data.get("thinking") == "mask":
+        what = "grpo trains all that it has sampled, its thinking too"
+        yield Finding(("data", "thinking"), what, "use keep or strip")
+    length, longest = _number(train.get("max_length")), _number(section.get("max_new_tokens"))
+    longest = DEFAULTS["grpo"]["max_new_tokens"] if longest is None else longest
+    if length is not None and longest >= length:
+        what = f"a prompt and its answer must fit into train.max_length ({length}); found {longest}"
+        yield Finding(("objective", "max_new_tokens"), what, "lower it, or raise train.max_length")
+
+
 def _formats(tree: dict[str, Any], method: str) -> Iterator[Finding]:
     """A format that is named must have what the method trains on; of ``auto`` each row says what it is."""
     data, rows = tree.get("data"), ROWS[method]
@@ -118,6 +162,8 @@ def _formats(tree: dict[str, Any], method: str) -> Iterator[Finding]:
             yield Finding(
                 at, f"{method} trains on answers, and {found} rows judge them", "choose another objective.method"
             )
+        elif rows == "prompts" and found in (*special, "text"):
+            yield Finding(at, f"grpo needs rows that ask and answer, which {found} rows are not", "use chat or another")
 
 
 def _single_answers(tree: dict[str, Any], method: str) -> Iterator[Finding]:

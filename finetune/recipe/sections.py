@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from finetune.recipe.objective_keys import DEFAULTS, ROWS, SCORED
-
-_LIMIT = 10_000_000  # steps, rows: beyond this a number is a slip of the finger
-
-Positive = Annotated[int, Field(ge=1, le=_LIMIT)]
-Count = Annotated[int, Field(ge=0, le=_LIMIT)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Frozen, strict (no text taken for a number, no bool for an int), and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+from finetune.recipe.section import Count, Positive, Section
+from finetune.recipe.verifiers import Reward, UnitTest, needs
 
 
 class Quantize(Section):
@@ -38,18 +28,19 @@ class Quantize(Section):
 class Objective(Section):
     """What is minimised, and that method's own keys; those of other methods are None."""
 
-    method: Literal["sft", "dpo", "orpo", "simpo", "kto", "reward", "distill"] = Field(
+    method: Literal["sft", "dpo", "orpo", "simpo", "kto", "reward", "distill", "grpo"] = Field(
         default="sft",
-        description="what is learned from: answers, pairs of a better and a worse one, labels, or a teacher's "
-        "distributions",
+        description="what is learned from: answers, pairs of a better and a worse one, labels, a teacher's "
+        "distributions, or rewards of what the model answers itself",
     )
-    loss: Literal["sigmoid", "ipo", "hinge", "robust"] | None = Field(
-        default=None, description="dpo: what becomes of a pair's margin"
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "grpo", "dr_grpo", "dapo"] | None = Field(
+        default=None, description="dpo: what becomes of a pair's margin; grpo: over what the loss of tokens is averaged"
     )
-    beta: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
+    beta: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
         default=None,
         description="dpo, kto: how dear it is to leave the reference; simpo: the reward's scale; orpo: the weight of "
-        "the odds ratio; distill with jsd: the teacher's share of the mixture",
+        "the odds ratio; distill with jsd: the teacher's share of the mixture; grpo: the weight of the KL divergence "
+        "from the reference, 0 without",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] | None = Field(
         default=None, description="dpo: share of the pairs that are believed to be swapped"
@@ -82,13 +73,44 @@ class Objective(Section):
         "as the teacher was trained, or quantize.weights",
     )
     temperature: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
-        default=None, description="distill: what both models' logits are divided by in the divergence"
+        default=None,
+        description="distill: what both models' logits are divided by in the divergence; grpo: in sampling and loss",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] | None = Field(
         default=None, description="distill: KL(teacher || model), KL(model || teacher), or generalised Jensen-Shannon"
     )
     alpha: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = Field(
         default=None, description="distill: weight of the answers' cross-entropy; the divergence has the rest"
+    )
+    rewards: Annotated[list[Reward], Field(min_length=1, max_length=64)] | None = Field(
+        default=None, description="grpo: what a completion earns, the sum of these"
+    )
+    completions: Annotated[int, Field(ge=2, le=1024)] | None = Field(
+        default=None, description="grpo: answers sampled to each prompt, which are compared with one another"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = Field(
+        default=None, description="grpo: longest sampled answer, in tokens, its stop token counted"
+    )
+    epsilon: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="grpo: how far below 1 the ratio to the sampling policy still counts"
+    )
+    epsilon_high: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
+        default=None, description="grpo: how far above 1; null means epsilon"
+    )
+    scale_rewards: Literal["group", "batch", "none"] | None = Field(
+        default=None, description="grpo: the standard deviation that a reward's distance from its group is divided by"
+    )
+    iterations: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None, description="grpo: updates from the same completions in one step"
+    )
+    mask_truncated_completions: bool | None = Field(
+        default=None, description="grpo: answers cut off at max_new_tokens are left out of the loss"
+    )
+    use_bias_correction_kl: bool | None = Field(
+        default=None, description="grpo: the KL divergence is weighted by the ratio, so that its gradient is unbiased"
+    )
+    batch_rows: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        default=None, description="grpo: answers sampled at once"
     )
 
     @model_validator(mode="before")
@@ -107,11 +129,12 @@ class Objective(Section):
 
     def settings(self) -> dict[str, Any]:
         """The method's own keys."""
-        return {key: getattr(self, key) for key in DEFAULTS[self.method]}
+        plain = self.model_dump()
+        return {key: plain[key] for key in DEFAULTS[self.method]}
 
     @property
     def rows(self) -> str:
-        """What it trains on: answers, pairs or labels."""
+        """What it trains on: answers, pairs, labels or prompts."""
         return ROWS[self.method]
 
     @property
@@ -179,73 +202,7 @@ class Data(Section):
     )
 
 
-class Train(Section):
-    """How long, how fast, how much at a time."""
-
-    steps: Positive | None = Field(default=None, description="optimizer steps; or use epochs")
-    epochs: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = Field(
-        default=None, description="passes over the training rows; or use steps"
-    )
-    examples_per_step: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
-        default=None, description="rows in one optimizer step, all devices together; or use tokens_per_step"
-    )
-    tokens_per_step: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
-        default=None, description="tokens in one optimizer step, all devices together; or use examples_per_step"
-    )
-    learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(description="peak learning rate")
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        default="cosine", description="shape of the learning rate after warmup"
-    )
-    warmup: Count = Field(default=0, description="steps over which the learning rate rises from 0 to its peak")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lora_fa", "riemannian"] = Field(
-        default="adamw", description="what turns gradients into updates, see docs/training.md"
-    )
-    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
-        default=None, description="LoRA+: the learning rate of LoRA's B matrices times this; null means one rate"
-    )
-    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
-        default=0.0, description="decoupled weight decay of the adapter"
-    )
-    max_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = Field(
-        default=1.0, description="gradients are scaled down to this 2-norm"
-    )
-    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(description="longest example, in tokens")
-    micro_batch_tokens: Annotated[int, Field(ge=8, le=100_000_000)] | Literal["auto"] = Field(
-        default="auto", description="tokens that go through the model at once on one device; auto fits the memory"
-    )
-    recompute: Literal["auto", "none", "layers", "offload"] = Field(
-        default="auto",
-        description="layers computed again in the backward pass to save memory: as many as the plan needs, none, all, "
-        "or all with their inputs kept in the machine's memory instead of the card's",
-    )
-    kernels: Literal["auto", "off"] = Field(
-        default="auto", description="fast paths of the training step; off computes as transformers and PEFT do"
-    )
-    compile: bool | Literal["auto"] = Field(
-        default="auto", description="torch.compile of the pointwise parts of a layer; auto: nowhere until measured"
-    )
-    shard: Literal["none", "fsdp"] = Field(
-        default="none",
-        description="what each of several processes holds of the base: all of it, or with fsdp its part of every layer",
-    )
-    save_every: Positive = Field(default=50, description="steps between checkpoints")
-    keep_last: Annotated[int, Field(ge=1, le=100_000)] = Field(
-        default=2, description="checkpoints kept; older ones are removed"
-    )
-    copy_to: str | None = Field(
-        default=None,
-        description="URL of a folder elsewhere (s3://…, gs://…, file:///…) to which each checkpoint is copied, and "
-        "from which a run goes on where its own folder is empty",
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default=0, description="seed of data order, adapter start and dropout"
-    )
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
-        default=0, description="processes that prepare rows; 0 means none extra"
-    )
-
-
-Metric = Literal["loss", "exact_match", "contains", "regex", "json_schema", "multiple_choice", "command"]
+Metric = Literal["loss", "exact_match", "contains", "regex", "json_schema", "multiple_choice", "command", "unit_test"]
 
 
 class Evaluate(Section):
@@ -290,10 +247,11 @@ class Evaluate(Section):
     command_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = Field(
         default=300.0, description="seconds that the command may take for all rows"
     )
+    unit_test: UnitTest | None = Field(
+        default=None, description="the metric unit_test: a command that tries out each answer by itself, in a cage"
+    )
 
     def asked(self) -> dict[str, Any]:
         """What the metrics need besides the rows, by their names."""
-        command = None if self.command is None else (tuple(self.command), self.command_timeout)
-        found = {"regex": self.regex, "json_schema": self.json_schema, "multiple_choice": self.multiple_choice,
-                 "command": command}  # fmt: skip
+        found = needs(self, self.command_timeout) | {"multiple_choice": self.multiple_choice}
         return {name: value for name, value in found.items() if name in self.metrics}

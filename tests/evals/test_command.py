@@ -105,6 +105,6 @@ def test_what_prints_without_an_end_is_stopped_before_it_fills_the_disk(monkeypa
 
 def test_the_example_of_the_docs_runs() -> None:
     page = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "sys.stdin" in block]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "in sys.stdin" in block]
     verdicts, _ = command.judge(questions("four", "four"), ["for", "a long answer to it"], python(code))
     assert verdicts == [1, 0]

@@ -108,12 +108,14 @@ def test_list_of_keys_is_frozen() -> None:
         "adapter": adapter,
         "trainable_tokens": None,
         "objective": "method loss beta label_smoothing length_normalised gamma desirable_weight undesirable_weight "
-        "margin centre_rewards_coefficient teacher teacher_weights temperature divergence alpha",
+        "margin centre_rewards_coefficient teacher teacher_weights temperature divergence alpha "
+        "rewards completions max_new_tokens epsilon epsilon_high scale_rewards iterations "
+        "mask_truncated_completions use_bias_correction_kl batch_rows",
         "data": "train_path sources eval_path eval_split eval_fraction format columns train_on thinking literal_tokens "
         "over_length",
         "train": train,
         "evaluate": "metrics every keep best_by early_stopping_patience early_stopping_threshold rows max_new_tokens "
-        "batch_rows regex json_schema multiple_choice command command_timeout",
+        "batch_rows regex json_schema multiple_choice command command_timeout unit_test",
         "tracker": None,
         "output": None,
         "adapters": None,

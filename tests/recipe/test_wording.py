@@ -217,6 +217,44 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:1:30: objective.teacher",
         "the run's own output",
     ),
+    "a loss of another objective": (
+        aimed("method: grpo, rewards: [{metric: contains}], max_new_tokens: 8, loss: ipo"),
+        "r.yaml:1:77: objective.loss",
+        "is no loss of grpo; use grpo or dr_grpo or dapo",
+    ),
+    "nothing of dpo": (aimed("method: dpo, beta: 0"), "r.yaml:1:26: objective.beta", "which leaves nothing of dpo"),
+    "too hot": (
+        aimed("method: grpo, rewards: [{metric: contains}], max_new_tokens: 8, temperature: 9.0"),
+        "r.yaml:1:77: objective.temperature",
+        "give 0.01 to 2.0",
+    ),
+    "no rewards": (
+        aimed("method: grpo, max_new_tokens: 8"),
+        "r.yaml:1:1: objective.rewards",
+        "grpo learns from what its answers earn",
+    ),
+    "a reward without what it needs": (
+        aimed("method: grpo, rewards: [{metric: regex}], max_new_tokens: 8"),
+        "r.yaml:1:37: objective.rewards[0]",
+        "regex needs regex:",
+    ),
+    "a reward with what another needs": (
+        aimed("method: grpo, rewards: [{metric: contains, regex: a}], max_new_tokens: 8"),
+        "r.yaml:1:56: objective.rewards[0].regex",
+        "has no meaning with contains",
+    ),
+    "a test that is not there": (
+        aimed(
+            "method: grpo, rewards: [{metric: unit_test, unit_test: {command: [nowhere-at-all]}}], max_new_tokens: 8"
+        ),
+        "r.yaml:1:57: objective.rewards[0].unit_test",
+        "no such command: 'nowhere-at-all'",
+    ),
+    "an answer longer than all": (
+        aimed("method: grpo, rewards: [{metric: contains}], max_new_tokens: 4096"),
+        "r.yaml:1:58: objective.max_new_tokens",
+        "a prompt and its answer must fit",
+    ),
     "pairs from a format without": (
         aimed("method: dpo", swap("data:\n", "data:\n  format: chat\n")),
         "r.yaml:11:3: data.format",
@@ -404,7 +442,7 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
     "nearest key is elsewhere": (
         swap("  seed: 7", "  max_new_token: 7"),
         "r.yaml:19:3: train.max_new_token",
-        "did you mean 'evaluate.max_new_tokens'?",
+        "did you mean 'objective.max_new_tokens'?",
     ),
     "same data": (
         swap(": eval.jsonl", ": ./train.jsonl"),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_FIGURES = ("loss", "rewards/", "logps/", "kl")
+_FIGURES = ("loss", "reward", "logps/", "kl", "completions/", "frac_")
 
 
 def record(run: Path, recipe: str) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def record(run: Path, recipe: str) -> dict[str, Any]:
         "scores": json.loads((run / "scores.json").read_text()),
         "first_step": _of(lines[0]),
         "last_step": _of(lines[-1]),
+        **({"reward_by_step": [line["reward"] for line in lines]} if "reward" in lines[0] else {}),
         "merge_proof": json.loads(merged.read_text())["proof"] if merged.is_file() else None,
         "environment": identity["environment"],
     }

@@ -59,7 +59,7 @@ def measure(words: list[str]) -> dict[str, Any]:
     scores, answers = json.loads((ROOT / run / "scores.json").read_text(encoding="utf-8")), {}
     if "exact_match" not in scores["after"]:  # labelled rows have no right answer: those of the task itself do
         more = ["--data", ANSWERS, "--set", "evaluate.metrics=[exact_match]"]
-        asked = json.loads(call("eval", str(run / "adapter"), *more, "--json", "--quiet"))
+        asked = json.loads(call("eval", str(run / "merged"), *more, "--json", "--quiet"))
         answers = {"answers": {"rows": ANSWERS, **asked["scores"]}}
     steps = [json.loads(line) for line in (ROOT / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {

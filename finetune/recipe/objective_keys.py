@@ -177,7 +177,7 @@ def _single_answers(tree: dict[str, Any], method: str) -> Iterator[Finding]:
     metrics = wanted.get("metrics") if isinstance(wanted, dict) else None
     for at, metric in enumerate(metrics if isinstance(metrics, list) else []):
         if method == "kto" and metric == "exact_match":
-            fix = "remove it; rows with right answers: finetune eval RUN/adapter --data FILE"
+            fix = "remove it; rows with right answers: finetune eval MERGED --data FILE"
             yield Finding(("evaluate", "metrics", at), "a kto row may hold an unwanted answer", fix)
 
 

@@ -162,7 +162,7 @@ def _prepared(
     return Prepared(
         located=located, hardware=machine, base=base, shape=base.shape, load=load, plan=made, commit=found.commit,
         samples=gathered.samples, held_out=gathered.held_out, named=gathered.named,
-        start=starting.find(located, made.adapter_fields) if training else None, teacher=teacher,
+        start=starting.find(located, made.adapter_fields, base.folder) if training else None, teacher=teacher,
         questions=questions,
     )  # fmt: skip
 
@@ -249,6 +249,7 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], **how
         "token counts, and so steps per epoch and time: they need the tokenizer",
         "whether the base has learned its template's control tokens: that is seen in the weights",
         *teaching.unchecked(located),
+        *(["whether the adapter to begin from belongs to this base"] if located.recipe.adapter.start_from else []),
     )
     teacher = teaching.find(located, None, None, None)
     made = plan.make(

@@ -18,6 +18,7 @@ from finetune.runfolder import RunFolder, read_json
 
 WEIGHTS, CONFIG, PROVENANCE = "adapter_model.safetensors", "adapter_config.json", "finetune.json"
 KEY = "adapter.start_from"
+_LARGE = (".safetensors", ".bin")
 _BY_NAME = ("target_modules", "exclude_modules", "modules_to_save")
 """Lists of names whose order says nothing."""
 _FREE = ("lora_dropout", "init_lora_weights")
@@ -35,16 +36,28 @@ class Start:
     def refuse_other_base(self, digests: Mapping[str, str]) -> None:
         """Raise ModelError where it was trained on other weights than the run's base."""
         if self.base is not None and dict(self.base) != dict(digests):
-            what = "this adapter was trained on another base"
-            raise ModelError(what, str(self.folder), "set model: to that base, or begin from another adapter")
+            raise self._of_another_base()
+
+    def refuse_other_files(self, base: Path) -> None:
+        """The same by the base's small files alone, which a plan has time for. Raises ModelError."""
+        for name, digest in (self.base or {}).items():
+            known = not name.endswith(_LARGE) and (base / name).is_file()
+            if known and manifest.digest(base / name) != digest:
+                raise self._of_another_base()
+
+    def _of_another_base(self) -> ModelError:
+        what = "this adapter was trained on another base"
+        return ModelError(what, str(self.folder), "set model: to that base, or begin from another adapter")
 
 
-def find(located: Located, fields: Mapping[str, Any]) -> Start | None:
+def find(located: Located, fields: Mapping[str, Any], base: Path | None = None) -> Start | None:
     """The adapter that the recipe names, whole and of the shape of ``fields``; None where it names none.
+
+    ``base``: the folder of the run's base, where it is here.
 
     Raises:
         RecipeError: nothing is there, or an adapter of another shape, with each field that differs.
-        ModelError: the run is not finished, or the adapter is damaged.
+        ModelError: the run is not finished, or the adapter is damaged, or it was trained on another base.
     """
     name = located.recipe.adapter.start_from
     if name is None:
@@ -56,11 +69,14 @@ def find(located: Located, fields: Mapping[str, Any]) -> Start | None:
         raise RecipeError(what, where, "begin from a LoRA adapter")
     _refuse_other_shape(located, config, fields)
     made = read_json(folder / PROVENANCE)
-    base = made.get("base_sha256") if isinstance(made, dict) else None
-    return Start(
+    over = made.get("base_sha256") if isinstance(made, dict) else None
+    found = Start(
         folder=folder, digests={WEIGHTS: manifest.digest(folder / WEIGHTS)},
-        base=base if isinstance(base, dict) else None,
+        base=over if isinstance(over, dict) else None,
     )  # fmt: skip
+    if base is not None:
+        found.refuse_other_files(base)
+    return found
 
 
 def whole(folder: Path) -> dict[str, Any]:
@@ -78,6 +94,8 @@ def adapter_folder(path: Path, where: str) -> Path:
     if (path / CONFIG).is_file():
         return path
     run = RunFolder(path)
+    if not path.exists():
+        raise RecipeError(f"there is no {path}", where, "name the folder of a finished run, or of an adapter")
     if not run.identity.is_file():
         raise RecipeError(f"{path} is no finished run and no adapter", where, "name the folder of one")
     if not run.finished.is_file():

@@ -152,6 +152,9 @@ def _model(located: Located, name: str, own: Base | None) -> Teacher:
     is_adapter = (path / starting.CONFIG).is_file() or not (path / "config.json").is_file()
     here = None if path.is_dir() else source.find(name, None)
     if is_adapter and here is None:
+        if not path.exists():
+            fix = "name a finished run, an adapter, a model that is here, or what finetune teach wrote"
+            raise RecipeError(f"there is no {name}", located.where(KEY), fix)
         return _adapter(located, path, own)
     folder = here.folder if here else path
     if faults := manifest.faults(folder) if (folder / manifest.NAME).is_file() else []:

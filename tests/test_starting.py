@@ -192,7 +192,7 @@ def test_supervised_training_goes_on_too() -> None:
 def test_what_one_cannot_begin_from() -> None:
     supervised()
     cases = {
-        ("adapter.start_from=runs/none",): (2, "runs/none is no finished run and no adapter"),
+        ("adapter.start_from=runs/none",): (2, "there is no runs/none; name the folder of a finished run"),
         ("adapter.start_from=runs/first", "adapter.r=8"): (2, "adapter.r: the adapter to begin from has 4, this"),
         ("adapter.start_from=runs/first", "adapter.use_rslora=true"): (2, "adapter.use_rslora: the adapter to begin"),
         ("adapter.start_from=runs/first", "adapter.target_modules=[q_proj]"): (2, "adapter.target_modules: the ad"),
@@ -204,6 +204,17 @@ def test_what_one_cannot_begin_from() -> None:
         assert words in said.err
         assert "loading" not in said.out
         assert not runs.OUTPUT.exists()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_plan_sees_another_base_by_its_small_files() -> None:
+    supervised()
+    assert runs.finetune("plan", "r.yaml", "--set", "adapter.start_from=runs/first").code == 0
+    with Path("base/config.json").open("a") as config:
+        config.write("\n")
+    said = runs.finetune("plan", "r.yaml", "--set", "adapter.start_from=runs/first")
+    assert said.code == 4
+    assert "this adapter was trained on another base" in said.err
 
 
 @pytest.mark.usefixtures("work")

@@ -200,7 +200,7 @@ def test_who_cannot_teach() -> None:
     manifest.write(Path("judge"), manifest.digests(Path("judge")))
     cases = {
         "judge": (4, "this is a reward model, which says nothing of tokens"),
-        "runs/none": (2, "runs/none is no finished run and no adapter"),
+        "runs/none": (2, "there is no runs/none; name a finished run, an adapter, a model"),
         "runs/half": (4, "this run is not finished"),
         "torn": (4, "part-00000.safetensors is damaged"),
         "runs/one": (2, "is the run's own output"),

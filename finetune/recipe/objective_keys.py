@@ -82,6 +82,8 @@ def check(tree: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(("objective", "loss"), f"is no loss of {method}", f"use {' or '.join(_LOSSES[method])}")
     if section.get("beta") == 0 and method != "grpo":
         yield Finding(("objective", "beta"), f"is 0, which leaves nothing of {method}", "make it larger")
+    if method == "kto" and section.get("desirable_weight") == 0 == section.get("undesirable_weight"):
+        yield Finding(("objective", "undesirable_weight"), "both weights are 0: nothing is learned", "raise one")
     if method == "dpo":
         yield from _smoothing(section)
     if method == "distill":
@@ -124,6 +126,10 @@ def _sampled(tree: dict[str, Any], section: dict[str, Any]) -> Iterator[Finding]
     if section.get("rewards") is None:
         what = "missing: grpo learns from what its answers earn"
         yield Finding(("objective", "rewards"), what, "add rewards: [{metric: exact_match}], or other metrics")
+    listed = section.get("rewards")
+    weights = [one.get("weight", 1) for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    if weights and not any(weights):
+        yield Finding(("objective", "rewards"), "every weight is 0: no answer earns anything", "raise one")
     if (warmth := _number(section.get("temperature"))) is not None and not _COLDEST <= warmth <= _WARMEST:
         what = f"nothing can be sampled from: give {_COLDEST} to {_WARMEST}; found {warmth}"
         yield Finding(("objective", "temperature"), what, "1 is the model's own")

@@ -70,6 +70,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Ori
 def override(tree: dict[str, Any], origins: Origins, overrides: Sequence[str]) -> None:
     """Apply ``--set`` words to a tree, in place. Raises ``RecipeError``."""
     faults, seen = [], set[str]()
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
+        raise RecipeError("overrides must be a list of texts", "overrides", "write ['section.key=value', …]")
     for text in overrides:
         key = text.partition("=")[0]
         if key in seen:

@@ -304,6 +304,16 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:8:3: adapter.start_from",
         "no score head",
     ),
+    "nothing learned from labels": (
+        aimed("method: kto, desirable_weight: 0, undesirable_weight: 0", swap("[loss, exact_match]", "[loss]")),
+        "r.yaml:1:47: objective.undesirable_weight",
+        "both weights are 0: nothing is learned",
+    ),
+    "rewards of nothing": (
+        aimed("method: grpo, max_new_tokens: 8, rewards: [{metric: exact_match, weight: 0}]"),
+        "r.yaml:1:46: objective.rewards",
+        "every weight is 0: no answer earns anything",
+    ),
     "exact match with an unwanted answer": (aimed("method: kto"), "r.yaml:22:19: evaluate.metrics[1]", "an unwanted"),
     "begin from the output": (
         swap("  r: 8", "  start_from: runs/tiny\n  r: 8"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -28,6 +29,7 @@ from finetune.timelimit import TimeLimit
 _SHUTDOWN = 120
 """Seconds that processes have for the step that they are in and its checkpoint, once they were asked to stop."""
 _GO_ON = "the same command goes on from the last checkpoint"
+_DEEPSPEED = re.compile(r"\bzero_optimization\b|\bdistributed_type\W+DEEPSPEED\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,14 @@ class Order:
     job: tuple[str, ...] = ()
 
     def command(self, limit: TimeLimit | None = None, port: int = 29500) -> list[str]:
-        """The launcher's command line. ``limit``: what is left of it is the processes'."""
+        """The launcher's command line. ``limit``: what is left of it is the processes'.
+
+        Raises:
+            EnvironmentFault: accelerate's settings are DeepSpeed's, which would hold the loop.
+        """
+        if self.config and _DEEPSPEED.search(self.config.read_text(encoding="utf-8", errors="replace")):
+            fix = "take settings of FSDP or of several GPUs: finetune plan --fsdp-config, and train.shard: fsdp"
+            raise EnvironmentFault("these settings are for DeepSpeed, which is not used here", str(self.config), fix)
         time = [] if limit is None else ["--max-time", f"{max(1, int(limit.remaining()))}s"]
         own = ["-m", "finetune", *self.words, "--world", str(self.processes), *time]
         if self.engine == "torchrun":

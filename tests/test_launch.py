@@ -196,6 +196,14 @@ def test_processes_that_nobody_called_one_job_are_found_out(place: Path) -> None
     assert not OUTPUT.exists()
 
 
+@pytest.mark.parametrize("text", ['{"zero_optimization": {"stage": 3}}', "distributed_type: DEEPSPEED\n"])
+def test_settings_of_deepspeed_are_refused_before_anything_starts(place: Path, text: str) -> None:
+    Path("accelerate.yaml").write_text(text)
+    said = launched("--processes", "2", "--launch", "accelerate", "--launch-config", "accelerate.yaml", "--dry-run")
+    assert said.code == 5
+    assert "these settings are for DeepSpeed" in said.err
+
+
 def test_accelerate_launches_two_as_torchrun_does(unbroken: Path, place: Path) -> None:
     said = launched("--processes", "2", "--launch", "accelerate")
     assert said.code == 0, said.err

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -172,17 +172,24 @@ def summary(run: RunPath, began: float) -> None:
         Terminal().say(line)
 
 
-def main_in_process(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; errors go to stderr as one message, never a traceback."""
+def main_in_process(arguments: Sequence[str], ended: Callable[[], None] = lambda: None) -> int:
+    """Run one command and return its exit code; errors go to stderr as one message, never a traceback.
+
+    ``ended``: called as soon as the outcome is known.
+    """
     try:
         code = app(list(arguments), standalone_mode=False)
     except FinetuneError as error:
+        ended()
         return _report(error, as_json="--json" in arguments)
     except OSError as error:
+        ended()
         fault = EnvironmentFault(error.strerror or str(error), str(error.filename or ""), "mend that and run again")
         return _report(fault, as_json="--json" in arguments)
     except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
+        ended()
         return _unexpected(error, as_json="--json" in arguments)
+    ended()
     if code == _CTRL_C:  # typer's answer to KeyboardInterrupt
         return _report(Interrupted(_STOPPED, fix=_GO_ON), as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
@@ -249,6 +256,12 @@ def _flushed(code: int) -> int:
     return code
 
 
+def _deaf() -> None:
+    """A request to stop has nothing left to stop: it would end in the middle of the last message, or of tidying up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main() -> None:
     """The ``finetune`` command. SIGTERM is Ctrl-C from the first moment on, also before training listens for it."""
     hardware.set_libraries()
@@ -258,8 +271,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that has no × gets a ?
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = main_in_process(sys.argv[1:])
+        code = main_in_process(sys.argv[1:], _deaf)
     except KeyboardInterrupt:  # outside the part that typer watches
+        _deaf()
         code = _report(Interrupted(_STOPPED, fix=_GO_ON))
     code = _flushed(code)
     for number in (signal.SIGINT, signal.SIGTERM):

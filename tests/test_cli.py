@@ -267,3 +267,25 @@ def test_a_run_folder_can_be_moved_with_its_inputs(
     assert str(trained) not in "".join(
         path.read_text(errors="replace") for path in OUTPUT.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")
     )
+
+
+def test_a_request_to_stop_that_comes_too_late_says_nothing() -> None:
+    """A launcher asks the processes that are left to stop while they end: it hits them at any moment."""
+    code = """
+import os, signal
+from finetune import cli
+from finetune.errors import Interrupted
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def app(*arguments, **named):
+    late = Late()  # freed with the traceback
+    raise Interrupted("a process was lost", fix="go on")
+
+cli.app = app
+cli.main()
+"""
+    said = process(code)
+    assert (said.returncode, said.stderr) == (6, "interrupted: a process was lost; go on\n")

@@ -76,6 +76,12 @@ CASES: dict[str, list[Case]] = {
         Case(line="train r.yaml --set output=runs/two --set tracker=wandb --set train.steps=2"),
     ],
     "eval": [Case(line=f"eval {OUTPUT}")],
+    "teach": [
+        Case(
+            line=f"teach r.yaml --set objective.method=distill --set objective.teacher={OUTPUT} --set output=runs/two "
+            "--out said --top-k 4"
+        )
+    ],
     "predict": [Case(line=f"predict {OUTPUT} eval.jsonl --out answers.jsonl --max-new-tokens 4")],
     "import": [Case(line=f"import {ROOT / 'tests/importers/trl.yaml'} --out mine.yaml")],
     "data check": [Case(line="data check r.yaml"), Case(line="data check train.jsonl --fix fixed.jsonl")],

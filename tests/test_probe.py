@@ -57,7 +57,7 @@ def test_a_model_elsewhere_cannot_be_probed(work: Path) -> None:
     assert said.err.startswith("model: Qwen/Qwen2.5-14B: the weights are not on this disk; ")
     said = runs.finetune("plan", "r.yaml", "--probe", "--card", "24")
     assert said.code == 2
-    assert "leave --card out" in said.err
+    assert "leave --card and --processes out" in said.err
 
 
 def test_a_probe_without_memory_says_so(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

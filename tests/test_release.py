@@ -237,7 +237,7 @@ def test_an_adapter_is_exported_for_its_consumer(finished: Path) -> None:
 def test_a_base_of_the_hub_is_named_in_the_header(finished: Path, parts: tuple[str, ...], relation: str) -> None:
     licensed()
     found = terms.find(inspect(Path("base")), "Qwen/Qwen3-14B", [Source(path="train.jsonl")], "cc0-1.0")
-    made = {"base": {"name": "Qwen/Qwen3-14B", "commit": "c" * 40}, "data": {}}
+    made = {"base": {"name": "Qwen/Qwen3-14B", "commit": "c" * 40}, "data": {}, "recipe": {}}
     card = Card(
         name="x", terms=found, parts=parts, recipe="", scores={"after": {"loss": 1.0}}, provenance=made, chat=True,
         thinking="strip", end=("kept: step 3 (loss 1.0000); last: step 6 (loss 2.0000)",),

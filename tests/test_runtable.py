@@ -236,8 +236,9 @@ def test_watching_in_a_terminal_redraws_and_gives_the_screen_back(finished: Path
         shutil.copytree(OUTPUT, Path(f"runs/copy{number}"), ignore=shutil.ignore_patterns("checkpoints", "adapter"))
     pid, terminal = pty.fork()
     if pid == 0:
+        words = [sys.executable, "-c", WATCH, "dashboard", "runs", "--watch", "--every", "0.2"]
         os.execve(
-            sys.executable, [sys.executable, "-c", WATCH, "dashboard", "runs", "--watch", "--every", "0.2"], ENVIRONMENT
+            sys.executable, words, {name: ENVIRONMENT[name] for name in ENVIRONMENT.keys() - {"LINES", "COLUMNS"}}
         )
     termios.tcsetwinsize(terminal, (20, 80))
     shown, began = b"", time.monotonic()

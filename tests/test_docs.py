@@ -98,6 +98,13 @@ def test_commands_exist(document: Path) -> None:
         assert set(line.split()) <= targets, f"make {line}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_brackets_pass_for_a_reference(document: Path) -> None:
+    """The site reads `[B] [A]` outside of code as a link to a name, and is not built where there is none."""
+    plain = re.sub(r"`[^`\n]*`", "", prose(document))
+    assert re.findall(r"\][ \n]?\[[^\]]+\](?!\()", plain) == []
+
+
 def test_paths_in_readme_exist() -> None:
     for path in re.findall(r"`((?:tests|docs|recipes|data|benchmarks)/[\w./-]+)`", README):
         assert (ROOT / path).exists(), path

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from finetune import gather
 from finetune.conversation import RowFault
-from finetune.dataset import Example, Faults, Reader, Row, Source
-from finetune.errors import DataError, Fault
+from finetune.dataset import Example, Read, Reader, Row, Source
+from finetune.errors import DataError
 from finetune.model import Policy
 from finetune.objectives import collate, reward
 from finetune.renderer import Renderer
+from finetune.unanswered import of_each
 from finetune.window import Window
 
 Rated = float | dict[str, float]
@@ -31,28 +32,16 @@ def texts(source: Source, renderer: Renderer, *, longest: int, column: str) -> l
     Raises:
         DataError: every row that cannot be scored, by its place.
     """
-    faults, window = Faults(source.path), Window(renderer=renderer, max_length=sys.maxsize)
-    found: list[tuple[Example, ...]] = []
-    for read in Reader(source, gather.special_tokens(renderer), renderer.literals):
-        faults.rows += 1
-        if column in read.columns:
-            faults.put(Fault(f"has a column {column!r} already", read.where, "name another one: --column"))
-            continue
-        try:
-            if isinstance(read.found, RowFault):
-                raise read.found
-            *_, whole = window.place(Row(conversation=read.found, where=read.where)).examples
-        except RowFault as fault:
-            faults.add(read.where, fault)
-            continue
-        except DataError as error:
-            faults.put(error.faults[0])
-            continue
+    window = Window(renderer=renderer, max_length=sys.maxsize)
+
+    def halves(read: Read) -> tuple[Example, ...]:
+        assert not isinstance(read.found, RowFault)
+        *_, whole = window.place(Row(conversation=read.found, where=read.where)).examples
         if (most := max(len(text.ids) for text in whole.halves())) > longest:
-            faults.put(Fault(f"it has {most} tokens; the model has {longest} positions", read.where, "shorten it"))
-        found.append(whole.halves())
-    faults.raise_if_any()
-    return found
+            raise DataError(f"it has {most} tokens; the model has {longest} positions", read.where, "shorten it")
+        return whole.halves()
+
+    return of_each(Reader(source, gather.special_tokens(renderer), renderer.literals), column, halves)
 
 
 def rate(policy: Policy, rows: Sequence[tuple[Example, ...]]) -> list[Rated]:

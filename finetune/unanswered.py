@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from finetune import gather
 from finetune.conversation import RowFault
 from finetune.dataset import Faults, Read, Reader, Source
-from finetune.errors import DataError, Fault
+from finetune.errors import DataError
 from finetune.renderer import Renderer
 
+Made = TypeVar("Made")
 _PLACEHOLDER = "."
 """Stands for the answer of a row that has none, so that it reads as a whole conversation; no model sees it."""
 _ANSWERS = {"instruction": "output", "prompt": "completion"}
@@ -29,31 +30,42 @@ def prompts(source: Source, renderer: Renderer, *, room: int, column: str) -> li
     Raises:
         DataError: every row that cannot be asked, by its place.
     """
-    faults, found = Faults(source.path), []
-    for read in _Asking(source, gather.special_tokens(renderer), renderer.literals):
+
+    def prompt(read: Read) -> tuple[int, ...]:
+        asked = _prompt(read, renderer)
+        if len(asked) > room:
+            what = f"its prompt has {len(asked)} tokens; the model's positions leave room for {room} and the answer"
+            raise DataError(what, read.where, "shorten it, or lower --max-new-tokens")
+        return asked
+
+    return of_each(_Asking(source, gather.special_tokens(renderer), renderer.literals), column, prompt)
+
+
+def of_each(rows: Reader, column: str, make: Callable[[Read], Made]) -> list[Made]:
+    """What is made of each row that can be read. ``column``: where the result will go, which no row may have.
+
+    Raises:
+        DataError: every row of which nothing can be made, by its place.
+    """
+    faults, found = Faults(rows.source.path), []
+    for read in rows:
         faults.rows += 1
-        if column in read.columns:
-            faults.put(Fault(f"has a column {column!r} already", read.where, "name another one: --column"))
-            continue
         try:
-            prompt = _prompt(read, renderer)
+            if column in read.columns:
+                raise DataError(f"has a column {column!r} already", read.where, "name another one: --column")
+            if isinstance(read.found, RowFault):
+                raise read.found
+            found.append(make(read))
         except RowFault as fault:
             faults.add(read.where, fault)
-            continue
         except DataError as error:
             faults.put(error.faults[0])
-            continue
-        if len(prompt) > room:
-            what = f"its prompt has {len(prompt)} tokens; the model's positions leave room for {room} and the answer"
-            faults.put(Fault(what, read.where, "shorten it, or lower --max-new-tokens"))
-        found.append(prompt)
     faults.raise_if_any()
     return found
 
 
 def _prompt(read: Read, renderer: Renderer) -> tuple[int, ...]:
-    if isinstance(read.found, RowFault):
-        raise read.found
+    assert not isinstance(read.found, RowFault)
     last = max((at for at, turn in enumerate(read.found.turns) if turn.role == "assistant"), default=None)
     if last is None:
         raise DataError("plain text asks nothing", read.where, "write it as a prompt or as messages")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.foreign import Draft, Remark, short
+from finetune.foreign import Draft, Remark, Settings, short
 
 ORIGINAL = {
     "c_attn": ("q_proj", "k_proj", "v_proj"), "attn.c_attn": ("q_proj", "k_proj", "v_proj"),
@@ -123,6 +123,17 @@ def eval_rows(draft: Draft, origins: Sequence[Origin], key: str) -> None:
             draft.add("data.eval_split", first.split, "the split that was judged on there")
     for extra in origins[1:]:
         draft.remarks.append(Remark("lost", key, f"{short(extra.path)}: a recipe judges on one data set: join them"))
+
+
+def kept_back(draft: Draft, settings: Settings, key: str, tests: str | None) -> None:
+    """Rows, or a share of them, that are judged on instead of trained on; ``tests``: the key that names others."""
+    size = settings.number(key, 0.0)
+    if size < 0:
+        settings.fault(key, "must be a number of rows, or a share below 1")
+    elif size and tests:
+        settings.fault(key, f"cannot be given together with {tests}", "keep one")
+    elif size and draft.course:
+        draft.course.held, draft.course.held_key = size, key
 
 
 def shape(columns: Sequence[str] | None) -> str:

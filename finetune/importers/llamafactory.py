@@ -16,7 +16,17 @@ from finetune import foreignobjective, importers
 from finetune.dsfile import scheduler
 from finetune.errors import RecipeError
 from finetune.foreign import Draft, Settings, short
-from finetune.foreignparts import Origin, base, compute, eval_rows, number_formats, targets, train_rows, whole
+from finetune.foreignparts import (
+    Origin,
+    base,
+    compute,
+    eval_rows,
+    kept_back,
+    number_formats,
+    targets,
+    train_rows,
+    whole,
+)
 from finetune.hftrainer import Names, course
 
 SIGNS = frozenset({
@@ -168,13 +178,7 @@ def _rows(made: Draft, settings: Settings, method: str) -> None:
     tests = settings.items("eval_dataset")
     judged = [_origin(made, settings, "eval_dataset", name, info, method) for name in tests]
     eval_rows(made, judged, "eval_dataset")
-    size = settings.number("val_size", 0.0)
-    if size < 0:
-        settings.fault("val_size", "must be a number of rows, or a share below 1")
-    elif size and judged:
-        settings.fault("val_size", "cannot be given together with eval_dataset", "keep one")
-    elif size and made.course:
-        made.course.held, made.course.held_key = size, "val_size"
+    kept_back(made, settings, "val_size", "eval_dataset" if judged else None)
     if settings.has("max_samples"):
         made.lost("max_samples", f"only the first {settings.count('max_samples', 1):,} rows of each set were read; "
                                  "here all "

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune import importers
 from finetune.foreign import Draft, Settings, short
-from finetune.foreignparts import Origin, eval_rows, train_rows
+from finetune.foreignparts import Origin, eval_rows, kept_back, train_rows
 
 _LOST = ("shards", "drop_system_message", "message_field_training", "train_on_eos", "train_on_eot", "split_thinking")
 _OWN_TEXT = {
@@ -33,13 +33,7 @@ def rows(made: Draft, settings: Settings, method: str) -> None:
     tests = tests if isinstance(tests, list) else []
     judged = [_origin(made, settings, "test_datasets", one, roles, method) for one in tests]
     eval_rows(made, judged, "test_datasets")
-    size = settings.number("val_set_size", 0.0)
-    if size < 0:
-        settings.fault("val_set_size", "must be a number of rows, or a share below 1")
-    elif size and judged:
-        settings.fault("val_set_size", "cannot be given together with test_datasets", "keep one")
-    elif size and made.course:
-        made.course.held, made.course.held_key = size, "val_set_size"
+    kept_back(made, settings, "val_set_size", "test_datasets" if judged else None)
     everything = settings.truth("train_on_inputs", default=False) or "user" in roles
     if method == "sft":
         made.put("data.train_on", "all" if everything else "assistant", "train_on_inputs", value=everything)

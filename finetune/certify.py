@@ -242,12 +242,9 @@ def _judge_merged(given: Trained, folder: Path, expected: Any, choice: str, term
     runpage.keep(given.run.folder, terminal)
     for line in scores.table(stored):
         terminal.say(line)
-    after = stored.get("after", {}).get("exact_match")
-    if choice == "replayed" and after is not None:
-        rows_apart = round(abs(judged.scores["exact_match"] - after) * len(held_out.questions))
-        if rows_apart > max(1, len(held_out.questions) // 200):
-            result["holds"] = False
-            result["reason"] = f"the merged model answers {rows_apart} of {len(held_out.questions)} rows differently"
+    if choice == "replayed" and "exact_match" in stored.get("after", {}):
+        result["reason"] = proof.rows_apart(scores.gains(given.run.folder, "after", "merged"), terminal)
+        result["holds"] = not result["reason"]
     return result
 
 

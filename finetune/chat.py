@@ -64,22 +64,36 @@ class _Chat:
 
     def converse(self) -> None:
         """Until the end of the input or ``/quit``."""
-        if self._typed:
-            self._hint("type a message; /help lists what else, an empty line begins anew, Ctrl-D ends")
-        while True:
+        if not self._typed:
+            while self._turn():
+                pass
+            return
+        self._hint("type a message; /help lists what else, an empty line begins anew, Ctrl-D ends")
+        going = True
+        with _on_ctrl_c(signal.SIG_IGN):
+            while going:
+                try:
+                    going = self._typed_turn()
+                except KeyboardInterrupt:
+                    self._notes.say("\n(Ctrl-D or /quit leaves)")
+
+    def _typed_turn(self) -> bool:
+        """A turn whose faults are told, and which Ctrl-C gives up: whatever it does, it leads back to the prompt."""
+        # Python's own handler: one written in Python fails (SystemError) where two signals reach input() together.
+        with _on_ctrl_c(signal.default_int_handler):
             try:
-                text = self._message()
-            except KeyboardInterrupt:
-                self._notes.say("\n(Ctrl-D or /quit leaves)")
-                continue
-            if text is None or text == "/quit":
-                return
-            try:
-                self._heed(text)
+                return self._turn()
             except (DataError, OSError) as error:
-                if not self._typed:
-                    raise
                 self._notes.say(clean(str(error)))
+                return True
+
+    def _turn(self) -> bool:
+        """Read a message and heed it. → whether another one may follow."""
+        text = self._message()
+        if text is None or text == "/quit":
+            return False
+        self._heed(text)
+        return True
 
     def _hint(self, text: str) -> None:
         if not self._notes.quiet:
@@ -173,14 +187,13 @@ class _Chat:
 
     def _message(self) -> str | None:
         """The next message, without the white space around it; None at the end of the input."""
-        with _ctrl_c_clears_the_line():
-            line = self._line("> ")
-            if line is None or not line.strip().startswith(_BLOCK):
-                return line if line is None else line.strip()
-            lines = [line.strip().removeprefix(_BLOCK)]
-            while not lines[-1].rstrip().endswith(_BLOCK) and (line := self._line(". ")) is not None:
-                lines.append(line)
-            return "\n".join(lines).rstrip().removesuffix(_BLOCK).strip("\n")
+        line = self._line("> ")
+        if line is None or not line.strip().startswith(_BLOCK):
+            return line if line is None else line.strip()
+        lines = [line.strip().removeprefix(_BLOCK)]
+        while not lines[-1].rstrip().endswith(_BLOCK) and (line := self._line(". ")) is not None:
+            lines.append(line)
+        return "\n".join(lines).rstrip().removesuffix(_BLOCK).strip("\n")
 
     def _line(self, sign: str) -> str | None:
         """The next line, with line editing where somebody types it into a terminal that shows it."""
@@ -217,7 +230,7 @@ def _console(terminal: Terminal) -> Any:
 
 @contextlib.contextmanager
 def _ctrl_c_ends_the_answer() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes what is given true; a second one leaves the program."""
+    """Inside, the first Ctrl-C only makes what is given true; a second one gives the question up."""
     asked = False
 
     def handle(number: int, frame: object) -> None:
@@ -230,13 +243,8 @@ def _ctrl_c_ends_the_answer() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
 
 
-def _ctrl_c_clears_the_line() -> contextlib.AbstractContextManager[None]:
-    # Python's own handler: one written in Python fails (SystemError) where two signals reach input() together.
-    return _on_ctrl_c(signal.default_int_handler)
-
-
 @contextlib.contextmanager
-def _on_ctrl_c(handle: Callable[[int, Any], None]) -> Iterator[None]:
+def _on_ctrl_c(handle: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
     former = signal.signal(signal.SIGINT, handle)
     try:
         yield

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune import runtable
-from finetune.devices import PROJECT, refuse_unusable, trackio_folder
+from finetune.devices import PROJECT, place_trackio, refuse_unusable, trackio_folder
 from finetune.errors import EnvironmentFault
 from finetune.runfolder import RunFolder, read_json
 from finetune.terminal import Terminal, clean
@@ -97,8 +97,7 @@ def show(runs: Path, port: int, viewer: str | None, terminal: Terminal) -> None:
 
 
 def _trackio(record: Record, runs: Path, port: int, terminal: Terminal) -> None:
-    # trackio reads its folder when it is imported, from the environment only.
-    os.environ["TRACKIO_DIR"] = str(record.place)
+    place_trackio(record.place)
     import trackio
 
     # It prints a token that allows writing: not for a log, so its own lines are not shown.

@@ -10,6 +10,7 @@ import io
 import netrc
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -88,7 +89,7 @@ def _place(tracker: str, folder: Path) -> None:
     These libraries take both from the environment only.
     """
     if tracker == "trackio":
-        os.environ["TRACKIO_DIR"] = str(trackio_folder(folder.parent))
+        place_trackio(trackio_folder(folder.parent))
     elif tracker == "wandb":
         os.environ.setdefault(
             "WANDB_ERROR_REPORTING", "false"
@@ -97,6 +98,16 @@ def _place(tracker: str, folder: Path) -> None:
             del os.environ["WANDB_MODE"]  # it takes an empty one for a wrong one
     elif tracker == "mlflow":
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder.parent / 'mlflow.db').absolute()}")
+
+
+def place_trackio(place: Path) -> None:
+    """Let trackio keep its files here. It reads that when it is imported: one that was, for another place, is dropped,
+    else a second run in this process would be recorded beside the first one."""
+    if os.environ.get("TRACKIO_DIR") == str(place):
+        return
+    os.environ["TRACKIO_DIR"] = str(place)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        del sys.modules[name]
 
 
 def trackio_folder(runs: Path) -> Path:

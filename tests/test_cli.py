@@ -232,7 +232,7 @@ def test_eval_gives_the_runs_own_scores(finished: Path) -> None:
     for subject, name in (("base", "before"), ("adapter", "after")):
         assert found[subject].keys() == stored[name].keys()
         for key, value in stored[name].items():  # packed otherwise where other memory is free
-            assert found[subject][key] == pytest.approx(value, rel=1e-6)
+            assert found[subject][key] == pytest.approx(value, rel=1e-5)  # a perplexity: 1e-5 nats
     assert found["base"] != found["adapter"]
     assert "exact match" in said.out
 

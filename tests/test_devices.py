@@ -33,6 +33,13 @@ def test_trackio_records_the_run(work: Path) -> None:
     assert steps == runs.metrics()
 
 
+def test_trackio_records_two_places_of_one_process_apart(work: Path) -> None:
+    for place in ("runs", "others"):
+        said = runs.train(f"output={place}/one", "tracker=trackio", "train.steps=1", "evaluate.metrics=[loss]")
+        assert said.code == 0, said.err
+        assert list(Path(place, "trackio").glob("*.db"))
+
+
 _TRACKIO = """\
 import json
 from trackio.sqlite_storage import SQLiteStorage

@@ -103,5 +103,8 @@ def test_what_cannot_be_written_down() -> None:
     said = written("objective.teacher=said", out="again")
     assert (said.code, "is written down already" in said.err) == (2, True)
     said = written("objective.teacher=runs/none", out="again")
+    assert (said.code, "there is no runs/none" in said.err) == (2, True)
+    Path("runs/none").mkdir()
+    said = written("objective.teacher=runs/none", out="again")
     assert (said.code, "no finished run and no adapter" in said.err) == (2, True)
     assert not Path("again").exists()

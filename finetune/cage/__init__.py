@@ -131,6 +131,9 @@ def _run(words: Sequence[str], data: bytes, limits: Limits, key: str) -> Ended:
             os.close(end)
         try:
             told = _told(report, time.monotonic() + limits.seconds + _LATE)
+            if told:  # it ends by itself, and only once nothing that it started is left
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_LATE)
         finally:
             os.close(report)
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -145,7 +148,7 @@ def _run(words: Sequence[str], data: bytes, limits: Limits, key: str) -> Ended:
 
 
 def _told(report: int, end: float) -> dict[str, Any]:
-    """What the child reports of the command's end; nothing where it does not in time."""
+    """What the child reports first of the command's end (why it never began, before its code); nothing if too late."""
     said = b""
     while not said.endswith(b"\n") and (left := end - time.monotonic()) > 0:
         if select.select([report], [], [], left)[0]:
@@ -153,5 +156,6 @@ def _told(report: int, end: float) -> dict[str, Any]:
             if not more:
                 break
             said += more
-    found = json.loads(said) if said.endswith(b"\n") else {}
+    first, whole, _ = said.partition(b"\n")
+    found = json.loads(first) if whole else {}
     return found if isinstance(found, dict) else {}

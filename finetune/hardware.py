@@ -71,7 +71,7 @@ _CARD_TFLOPS = {
 
 
 def detect() -> Hardware:
-    """Look at the machine once. A CUDA card is used where there is one, otherwise the CPU."""
+    """Look at the machine. A CUDA card is used where there is one, otherwise the CPU, whose speed is measured once."""
     import psutil
     import torch
 
@@ -93,7 +93,7 @@ def detect() -> Hardware:
             flops=tflops * 1e12 if tflops else None,
         )
     memory = psutil.virtual_memory()
-    fp32 = _probe_flops("float32")
+    fp32 = _probe_flops("float32", threads)
     bf16 = any(flag in flags for flag in _MATRIX_FLAGS[:2])
     return Hardware(
         device="cpu",
@@ -103,9 +103,9 @@ def detect() -> Hardware:
         bf16=bf16,
         threads=threads,
         instruction_set=instruction_set,
-        flops=_probe_flops("bfloat16") if bf16 else fp32,
+        flops=_probe_flops("bfloat16", threads) if bf16 else fp32,
         flops_fp32=fp32,
-        bandwidth=_probe_bandwidth(),
+        bandwidth=_probe_bandwidth(threads),
     )
 
 
@@ -158,7 +158,8 @@ def _cpuinfo(key: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
-def _probe_flops(dtype_name: str) -> float:
+@functools.cache
+def _probe_flops(dtype_name: str, threads: int) -> float:
     """FLOP/s of a 1024³ matrix product on this CPU, the best of several; takes well under a second."""
     import torch
 
@@ -167,7 +168,8 @@ def _probe_flops(dtype_name: str) -> float:
     return 2 * 1024**3 / _best(lambda: torch.mm(a, a, out=out))
 
 
-def _probe_bandwidth() -> float:
+@functools.cache
+def _probe_bandwidth(threads: int) -> float:
     """Bytes/s of a product of two numbers each from main memory, into main memory."""
     import torch
 

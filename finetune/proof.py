@@ -154,9 +154,7 @@ def rows_apart(gains: Sequence[int], terminal: Terminal) -> str:
     chance = bootstrap.paired(gains, [1.0] * len(gains)).chance
     if chance >= _CHANCE:
         return ""
-    return (
-        f"the merged model answers {turned} of {len(gains)} rows otherwise, {chance:.2%} likely by chance"
-    )
+    return f"the merged model answers {turned} of {len(gains)} rows otherwise, {chance:.2%} likely by chance"
 
 
 def mark_unusable(folder: Path) -> None:

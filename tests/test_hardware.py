@@ -52,7 +52,7 @@ def test_cards(
 def test_bf16_of_a_processor(monkeypatch: pytest.MonkeyPatch, flags: str, bf16: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset(flags.split()))
-    monkeypatch.setattr(hardware, "_probe_flops", lambda dtype: {"bfloat16": 2.0, "float32": 1.0}[dtype])
+    monkeypatch.setattr(hardware, "_probe_flops", lambda dtype, _: {"bfloat16": 2.0, "float32": 1.0}[dtype])
     found = hardware.detect()
     assert (found.device, found.bf16, found.flops) == ("cpu", bf16, 2.0 if bf16 else 1.0)
 

@@ -303,7 +303,7 @@ def kept() -> int:
 
 def test_a_job_is_killed_and_stopped_and_ends_with_the_same_bits(place: Path, slow: str) -> None:
     killed(1, after=3)
-    assert kept() % 7, "the first process saved what was done when the other was lost"
+    assert kept() == len(_lines()), "the first process saved what was done when the other was lost"
     asked_to_stop(None, after=len(_lines()) + 3, overrides=SLOW)
     killed(0, after=len(_lines()) + 3)
     asked_to_stop(1, after=len(_lines()) + 3, overrides=SLOW)
@@ -317,9 +317,8 @@ def test_a_job_is_killed_and_stopped_and_ends_with_the_same_bits(place: Path, sl
 def test_a_job_in_shards_is_killed_and_stopped_and_ends_with_the_bits_of_whole_bases(place: Path, slow: str) -> None:
     shards = (*SLOW, "train.shard=fsdp")
     killed(1, after=3, overrides=shards)
-    assert kept() % 7
+    assert kept() == len(_lines())
     asked_to_stop(1, after=len(_lines()) + 3, overrides=shards)
-    killed(0, after=len(_lines()) + 3, overrides=shards)
     done = launched("--processes", "2", overrides=SLOW)  # that each held its part is no part of the run
     assert done.code == 0, done.err
     assert runs.adapter_digest() == slow

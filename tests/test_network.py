@@ -1,6 +1,6 @@
 """No verb reaches out of this machine or opens a port unless it is asked to.
 
-Each runs as a command of its own with nothing that tells libraries to stay offline. An audit hook refuses and writes
+They run with nothing that tells libraries to stay offline. An audit hook refuses and writes
 down every address of every Python process; where the system lets us, the command also has a network of its own that
 leads nowhere, in which the kernel counts for processes of any language.
 """
@@ -33,20 +33,10 @@ _TAKEN_OUT = ("HF_", "HUGGING", "TRANSFORMERS_", "WANDB_", "GRADIO_", "TRACKIO_"
 _SECONDS = 240
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A verb at work. ``first``: commands that make what it needs; ``ends``: exit codes; ``listens``: until stopped."""
-
-    line: str
-    first: Sequence[str] = ()
-    ends: tuple[int, ...] = (0,)
-    stdin: str = ""
-    listens: bool = False
-
-
 @dataclass
 class Trace:
-    """What a command did. ``python``: what the audit hook saw; ``kernel``: None where it has no network of its own."""
+    """What a command did. ``python``: what the audit hook saw, and how each verb of several ended; ``kernel``: None
+    where it has no network of its own."""
 
     code: int
     err: str
@@ -54,63 +44,76 @@ class Trace:
     kernel: dict[str, Any] | None = None
 
     @property
+    def ended(self) -> list[dict[str, Any]]:
+        """Each verb's line, exit code and standard error, where several ran."""
+        return [one for one in self.python if "line" in one]
+
+    @property
+    def seen(self) -> list[str]:
+        """What the hook saw, and which verb had ended by then."""
+        return [one["line"] if "line" in one else f"{one['event']} {one['host']}" for one in self.python]
+
+    @property
     def out(self) -> list[str]:
         """Every attempt to reach another machine."""
-        seen = [f"{one['event']} {one['host']}" for one in self.python if not one["loopback"]]
+        seen = [f"{one['event']} {one['host']}" for one in self.python if "event" in one and not one["loopback"]]
         return seen + ([f"{self.kernel['lost']} packets"] if self.kernel and self.kernel["lost"] else [])
 
     @property
     def ports(self) -> list[str]:
-        seen = [
-            f"{one['event']} {one['host']}" for one in self.python if one["event"] in ("socket.listen", "socket.bind")
-        ]
+        opening = ("socket.listen", "socket.bind")
+        seen = [f"{one['event']} {one['host']}" for one in self.python if one.get("event") in opening]
         return seen + (self.kernel["listening"] if self.kernel else [])
 
 
-RELEASE = f"release {OUTPUT} --out published --what adapter --data-licence cc0-1.0"
-CASES: dict[str, list[Case]] = {
-    "plan": [Case(line="plan r.yaml"), Case(line="plan r.yaml --probe")],
-    "train": [
-        Case(line="train r.yaml --set output=runs/two --set train.steps=2"),
-        Case(line="train r.yaml --set output=runs/two --set tracker=trackio --set train.steps=2"),
-        Case(line="train r.yaml --set output=runs/two --set tracker=wandb --set train.steps=2"),
-    ],
-    "eval": [Case(line=f"eval {OUTPUT}")],
-    "teach": [
-        Case(
-            line=f"teach r.yaml --set objective.method=distill --set objective.teacher={OUTPUT} --set output=runs/two "
-            "--out said --top-k 4"
-        )
-    ],
-    "predict": [Case(line=f"predict {OUTPUT} eval.jsonl --out answers.jsonl --max-new-tokens 4")],
-    "import": [Case(line=f"import {ROOT / 'tests/importers/trl.yaml'} --out mine.yaml")],
-    "data check": [Case(line="data check r.yaml"), Case(line="data check train.jsonl --fix fixed.jsonl")],
-    "data show": [Case(line="data show r.yaml"), Case(line="data show r.yaml --html page.html")],
-    "init": [Case(line="init train.jsonl --out mine.yaml --model base")],
-    "doctor": [Case(line="doctor", ends=(0, 1))],
-    "merge": [Case(line=f"merge {OUTPUT} --out merged")],
-    "prove": [Case(line=f"prove {OUTPUT} merged", first=[f"merge {OUTPUT} --out merged"])],
-    "export": [Case(line=f"export {OUTPUT} --to adapter --target vllm --out exported")],
-    "release": [Case(line=RELEASE)],
-    "verify": [Case(line="verify published", first=[RELEASE])],
-    # Without a token it says so before it asks anybody; with one it is asked to.
-    "push": [Case(line="push published owner/name", first=[RELEASE], ends=(5,))],
-    "convert": [Case(line="convert qwen1 native --to native")],
-    "compare": [
-        Case(line=f"compare {OUTPUT} runs/two --html page.html", first=["train r.yaml --set output=runs/two"]),
-    ],
-    "sweep": [Case(line="sweep r.yaml --grid adapter.r=2 --set output=runs/sweep --set train.steps=1")],
-    "chat": [
-        Case(line=f"chat {OUTPUT} --max-new-tokens 4", stdin="hello\n"),
-        Case(line=f"chat {OUTPUT} --serve --port 0", listens=True),
-    ],
-    "report": [Case(line=f"report {OUTPUT}")],
-    "dashboard": [
-        Case(line="dashboard runs", first=["train r.yaml --set output=runs/two --set tracker=trackio"], listens=True),
-    ],
-    "schema": [Case(line="schema")],
-    "summary": [Case(line=f"summary {OUTPUT} 0", first=[f"merge {OUTPUT} --out {OUTPUT}/merged"])],
-}  # fmt: skip
+TWO = "--set output=runs/two --set train.steps=2"
+AT_WORK = (
+    "schema",
+    "plan r.yaml",
+    "plan r.yaml --probe",
+    f"import {ROOT / 'tests/importers/trl.yaml'} --out mine.yaml",
+    "data check r.yaml",
+    "data check train.jsonl --fix fixed.jsonl",
+    "data show r.yaml",
+    "data show r.yaml --html page.html",
+    "init train.jsonl --out new.yaml --model base",
+    "doctor",
+    f"train r.yaml {TWO}",
+    f"eval {OUTPUT}",
+    f"teach r.yaml --set objective.method=distill --set objective.teacher={OUTPUT} --set output=runs/three --out said "
+    "--top-k 4",
+    f"predict {OUTPUT} eval.jsonl --out answers.jsonl --max-new-tokens 4",
+    f"compare {OUTPUT} runs/two --html both.html",
+    "sweep r.yaml --grid adapter.r=2 --set output=runs/sweep --set train.steps=1",
+    f"chat {OUTPUT} --max-new-tokens 4",  # the question comes through a pipe
+    f"report {OUTPUT}",
+)
+SHIPPED = (
+    f"merge {OUTPUT} --out merged",
+    f"prove {OUTPUT} merged",
+    f"export {OUTPUT} --to adapter --target vllm --out exported",
+    f"release {OUTPUT} --out published --what adapter --data-licence cc0-1.0",
+    "verify published",
+    "push published owner/name",  # without a token it says so before it asks anybody; with one it is asked to
+    "convert qwen1 native --to native",
+    f"merge {OUTPUT} --out {OUTPUT}/merged",
+    f"summary {OUTPUT} 0",
+)
+TRACKED = tuple(f"train r.yaml {TWO} --set tracker={tracker}" for tracker in ("trackio", "wandb"))
+SERVED = (f"chat {OUTPUT} --serve --port 0", "dashboard runs")
+LINES = (*AT_WORK, *SHIPPED, *TRACKED, *SERVED)
+ENDS = {"doctor": (0, 1), "push": (5,)}
+"""Exit codes other than 0."""
+IN_TURN = """
+import contextlib, io, json, os, sys
+from finetune.cli import main_in_process
+for line in sys.argv[1:]:
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = main_in_process(line.split())
+    with open(os.environ["NETWORK_RECORD"], "a") as record:
+        record.write(json.dumps({"line": line, "code": code, "err": err.getvalue()}) + "\\n")
+"""
 
 
 def verbs() -> set[str]:
@@ -168,29 +171,37 @@ def watched(command: Sequence[str], *, stdin: str = "", listens: bool = False) -
     return Trace(child.returncode, err, seen, json.loads(kernel.read_text()) if kernel.exists() else None)
 
 
-def test_every_verb_has_its_case() -> None:
-    lacking = verbs() - set(CASES)
-    assert not lacking, f"say in CASES how to run {', '.join(sorted(lacking))}: no verb may reach the network unasked"
-    assert not set(CASES) - verbs()
+def test_every_verb_has_its_line() -> None:
+    shown = {" ".join(line.split()[: 2 if line.startswith("data") else 1]) for line in LINES}
+    lacking = verbs() - shown
+    assert not lacking, f"say above how to run {', '.join(sorted(lacking))}: no verb may reach the network unasked"
+    assert not shown - verbs()
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.line) for cases in CASES.values() for case in cases])
-def test_it_reaches_nobody_and_opens_no_port(finished: Path, case: Case) -> None:
+@pytest.mark.parametrize(
+    "lines", [AT_WORK, SHIPPED, *((line,) for line in TRACKED)], ids=["at work", "shipped", "trackio", "wandb"]
+)
+def test_it_reaches_nobody_and_opens_no_port(finished: Path, lines: Sequence[str]) -> None:
+    """One verb after another, as a notebook would call them."""
     Path("base/LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
-    if "qwen1" in case.line:
-        shutil.copytree(ROOT / "tests" / "vectors" / "qwen1" / "tiny-safetensors", "qwen1")
-    for line in case.first:
-        said = runs.finetune(*line.split())
-        assert said.code == 0, said.err
-    trace = watched([*COMMAND, *case.line.split()], stdin=case.stdin, listens=case.listens)
-    assert trace.out == []
+    shutil.copytree(ROOT / "tests" / "vectors" / "qwen1" / "tiny-safetensors", "qwen1")
+    trace = watched([sys.executable, "-c", IN_TURN, *lines], stdin="hello\n")
+    assert trace.code == 0, trace.err
+    assert trace.out == [], trace.seen
+    assert trace.ports == [], trace.seen
     assert (trace.kernel is not None) == CAGED
-    if case.listens:
-        assert trace.ports, "it was asked to listen"
+    for line, ended in zip(lines, trace.ended, strict=True):
+        assert ended["line"] == line
+        assert ended["code"] in ENDS.get(line.split()[0], (0,)), ended
+
+
+def test_a_server_listens_to_this_machine_alone(finished: Path) -> None:
+    assert runs.finetune(*TRACKED[0].split()).code == 0
+    for line in SERVED:
+        trace = watched([*COMMAND, *line.split()], listens=True)
+        assert trace.out == []
+        assert trace.ports, f"{line} was asked to listen"
         assert all("127.0.0.1" in port or port.startswith("0100007F:") for port in trace.ports)
-    else:
-        assert trace.ports == []
-        assert trace.code in case.ends, trace.err
 
 
 def test_a_verb_that_reaches_out_is_caught(work: Path) -> None:

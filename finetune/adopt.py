@@ -100,7 +100,9 @@ def _count(made: Draft) -> int | None:
 
 def _names_here(made: Draft) -> None:
     """What every recipe says, where the other trainer had nothing to say."""
-    made.add("evaluate.metrics", ["loss"], "on held-out rows, base against adapter; exact_match compares short answers")
+    scored = made.lines.get("objective.method", ("",))[0] == "reward"
+    more = "how many pairs are ranked right" if scored else "exact_match compares short answers"
+    made.add("evaluate.metrics", ["loss"], f"on held-out rows, base against adapter; {more}")
     folder = made.lines["output"][0]
     if Path(folder).exists():
         made.differs("output_dir", f"{foreign.short(folder)} is there already: give the run a folder of its own")

@@ -1,8 +1,9 @@
 """What other trainers learn from preferences by: methods, losses and their numbers, and the adapter to go on from.
 
-Facts of TRL 1.16 and 1.9, which axolotl runs (`trainer/dpo_trainer.py`, `kto_trainer.py`, `experimental/orpo` and
-`cpo`), of LLaMA-Factory 0.9.5 (`train/dpo/trainer.py`, `train/kto/trainer.py`) and of ms-swift 4.6
-(`rlhf_trainers/`): the reference is the model with its adapter off, and dropout is off in the policy too.
+Facts of TRL 1.16 and 1.9, which axolotl runs (`trainer/dpo_trainer.py`, `kto_trainer.py`, `reward_trainer.py`,
+`experimental/orpo` and `cpo`), of LLaMA-Factory 0.9.5 (`train/dpo/trainer.py`, `train/kto/trainer.py`,
+`train/rm/trainer.py`) and of ms-swift 4.6 (`rlhf_trainers/`): the reference is the model with its adapter off, and
+dropout is off in the policy too.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ class Word(NamedTuple):
 
 
 _SAMPLES = "it learns from answers that it samples as it goes, and that something scores"
-_REWARD = "it trains a model that scores answers, which is written by hand so far (objective.method: reward)"
 _TEACHER = "it learns from a teacher, which is written by hand so far (objective.method: distill)"
 METHODS = {
     "sft": Word("sft"), "pt": Word("sft"),
     "dpo": Word("dpo"), "ipo": Word("dpo"), "orpo": Word("orpo"), "simpo": Word("simpo"), "kto": Word("kto"),
     "cpo": Word(why="its loss has no reference and one term more; with loss_type simpo it is simpo, which is"),
     "grpo": Word(why=_SAMPLES), "gdpo": Word(why=_SAMPLES), "rloo": Word(why=_SAMPLES), "ppo": Word(why=_SAMPLES),
-    "ebft": Word(why=_SAMPLES), "reward": Word(why=_REWARD), "rm": Word(why=_REWARD),
+    "ebft": Word(why=_SAMPLES), "reward": Word("reward"), "rm": Word("reward"),
+    "prm": Word(why="it scores each step of an answer, and a recipe's reward model a whole answer"),
     "distillation": Word(why=_TEACHER), "gkd": Word(why=_TEACHER),
 }  # fmt: skip
-"""The trainers' words → the method here. A new objective is switched on by its line, ``"rm": Word("reward")``."""
+"""The trainers' words → the method here."""
 LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 """DPO's, by the same words here as there."""
 _NOT_SMOOTHED = ("ipo", "hinge")
@@ -53,6 +54,7 @@ _LOST = {
     "ref_model": _REFERENCE, "ref_model_name_or_path": _REFERENCE, "ref_model_adapters": _REFERENCE,
     "center_rewards_coefficient": "a reward model's", "discopop_tau": "DiscoPOP's loss, which is not here",
 }  # fmt: skip
+_HEADS = ("score", "v_head")
 _SHAPE = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "modules_to_save")
 
 
@@ -166,8 +168,44 @@ def _simpo(draft: Draft, names: Names) -> None:
                    "the loss (CPO-SimPO); simpo here is the paper's, without it, and orpo has one")  # fmt: skip
 
 
+def reward(draft: Draft, key: str, *, centre: str = "", dropout: bool = False) -> None:
+    """The recipe's ``objective:`` for a reward model, behind the adapter's keys.
+
+    ``key``: the one that says so. ``centre``: the key of the rewards' squared sum, where that trainer has one.
+    ``dropout``: whether it leaves dropout on.
+    """
+    settings = draft.settings
+    draft.put("objective.method", "reward", key, value=settings.text(key) or "reward")
+    draft.add("objective.margin", 0.0, "as there, where rows have none of their own")
+    if centre:
+        weight = settings.number(centre, 0.0)
+        if weight < 0:
+            settings.fault(centre, f"must not be below 0; found {short(weight)}")
+        draft.put("objective.centre_rewards_coefficient", weight, centre)
+    if kept := draft.lines.get("adapter.modules_to_save"):
+        others = [name for name in kept[0] if name not in _HEADS]
+        draft.taken = [one for one in draft.taken if one.recipe != "adapter.modules_to_save"]
+        del draft.lines["adapter.modules_to_save"]
+        if others:
+            draft.add("adapter.modules_to_save", others, "the score head is trained whole anyway")
+    draft.differs(key, "the score head begins with random numbers there, so that it ranks pairs by chance at first; "
+                  "here with zeros: the first loss is log 2")  # fmt: skip
+    draft.differs(key, "a text's reward is read at its last token, with ChatML's template the line break behind the "
+                  "stop token; here at the stop token")  # fmt: skip
+    if not dropout:
+        _no_dropout(draft)
+
+
+def margins(draft: Draft, key: str, paths: Sequence[str]) -> None:
+    """Rows of a reward model that have a margin of their own, which TRL and ms-swift read without being told."""
+    for path in paths:
+        if "margin" in (draft.settings.place.columns(path) or ()):
+            draft.lost(key, f"{short(path)}: its column margin is what each pair's rewards were to differ by there; "
+                       "here it is not read, and objective.margin is the same for all")  # fmt: skip
+
+
 def _no_dropout(draft: Draft) -> None:
-    """Trainers of preferences switch all dropout off, that of the adapter too, unless they are told not to."""
+    """Trainers of preferences switch all dropout off, the adapter's too, unless they are told not to."""
     settings = draft.settings
     if not settings.truth("disable_dropout", default=True):
         return
@@ -184,6 +222,10 @@ def onward(draft: Draft, key: str, path: str, method: str, *, reference: str = "
     ``reference``: the adapter of the reference there, where it had one of its own.
     """
     settings = draft.settings
+    if method == "reward":
+        draft.lost(key, "it went on from that adapter there; an adapter of another run has no score head here: "
+                   "`finetune merge` that run, and name the result as model")  # fmt: skip
+        return
     folder = settings.find(path)
     draft.put("adapter.start_from", folder, key, value=path)
     if method in ("dpo", "kto"):

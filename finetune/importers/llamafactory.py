@@ -3,7 +3,8 @@
 Facts of LLaMA-Factory 0.9.5, which runs with transformers 4.55 to 5.6: `hparams/*_args.py` (defaults),
 `hparams/parser.py` (unknown keys are refused), `data/parser.py` and `data/converter.py` (data sets),
 `data/processor/supervised.py` with `processor_utils.py` (what is cut, what is in the loss, how rows are packed),
-`model/adapter.py`, `train/dpo/trainer.py` and `train/kto/trainer.py` (losses, the reference).
+`model/adapter.py`, `train/dpo/trainer.py` and `train/kto/trainer.py` (losses, the reference), `train/rm/trainer.py`
+with the value head of TRL 0.24 (`models/modeling_value_head.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def draft(settings: Settings) -> Draft:
     _objective(made, settings, method)
     packing = settings.truth("packing", default=stage == "pt") or settings.truth("neat_packing", default=False)
     length = _window(made, settings, packing)
-    course(made, Names(), packed=length if packing else None)
+    course(made, Names(), packed=length if packing and method == "sft" else None)
     scheduler(made)
     _rows(made, settings, method)
     _loss(made, settings, stage, method)
@@ -116,7 +117,11 @@ def _objective(made: Draft, settings: Settings, method: str) -> None:
                   "and name the result as model")  # fmt: skip
     elif paths:
         foreignobjective.onward(made, "adapter_name_or_path", paths[0], method, reference=theirs if own else "")
-    if method == "sft":
+    if method == "reward":
+        foreignobjective.reward(made, "stage", dropout=True)
+        made.lost("stage", "its value head drops a tenth of its inputs while it learns, and adds a bias that no pair "
+                  "moves; the score head here has neither")  # fmt: skip
+    if method in ("sft", "reward"):
         return
     loss = settings.text("pref_loss", "sigmoid") if method == "dpo" else ""
     if settings.has("dpo_label_smoothing") and loss != "sigmoid" and settings.text("stage") == "dpo":
@@ -225,7 +230,7 @@ def _origin(
         if declared.get(word):
             made.lost(key, f"{word} of {short(name)} is not read here")
     if declared.get("ranking") and method == "sft":
-        made.differs(key, f"{short(name)} holds preference pairs, which only stage dpo trains on")
+        made.differs(key, f"{short(name)} holds preference pairs, which only stages dpo and rm train on")
     format_name, columns = _columns(made, key, name, declared)
     written = declared.get("columns")
     narrowed = format_name == "alpaca" and isinstance(written, dict) and not written.get("query")

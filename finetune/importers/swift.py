@@ -63,7 +63,7 @@ def draft(settings: Settings) -> Draft:
     )  # fmt: skip
     course(made, names, packed=length if settings.truth("packing", default=False) else None)
     scheduler(made)
-    _rows(made, settings)
+    _rows(made, settings, method)
     _loss(made, settings, method)
     name = settings.text("model").rstrip("/").rpartition("/")[2]
     made.put("output", settings.text("output_dir", f"output/{name}"), "output_dir")
@@ -133,7 +133,11 @@ def _objective(made: Draft, settings: Settings, method: str) -> None:
         made.lost("adapters", "several: a run goes on from one")
     elif paths:
         foreignobjective.onward(made, "adapters", paths[0], method, reference=theirs[0] if theirs else "")
-    if method == "sft":
+    if method == "reward":
+        if settings.truth("packing", default=False):
+            settings.fault("packing", "does not go with rlhf_type: rm there", "remove it: rows are packed here anyway")
+        foreignobjective.reward(made, "rlhf_type", centre="center_rewards_coefficient")
+    if method in ("sft", "reward"):
         return
     if theirs and not paths:
         made.lost("ref_adapters", "a reference with an adapter that the policy does not begin from")
@@ -169,7 +173,7 @@ def _window(made: Draft, settings: Settings) -> int:
     return length
 
 
-def _rows(made: Draft, settings: Settings) -> None:
+def _rows(made: Draft, settings: Settings, method: str) -> None:
     names = _names(settings, "dataset")
     if not names:
         raise settings.stop("dataset", "missing", "name the data set")
@@ -179,6 +183,8 @@ def _rows(made: Draft, settings: Settings) -> None:
         made.lost("columns", "write data.columns by hand: the format's column, then the one used here")
     origins = [_origin(made, settings, "dataset", name, renamed) for name in names]
     train_rows(made, origins, "dataset")
+    if method == "reward":
+        foreignobjective.margins(made, "dataset", [origin.path for origin in origins])
     judged = [_origin(made, settings, "val_dataset", name, renamed) for name in _names(settings, "val_dataset")]
     eval_rows(made, judged, "val_dataset")
     ratio = settings.number("split_dataset_ratio", 0.0)

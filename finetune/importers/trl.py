@@ -1,4 +1,4 @@
-"""TRL's ``trl sft --config FILE``, ``trl dpo``, ``trl kto``, its ``orpo.py`` and ``cpo.py``, or their command lines.
+"""TRL's ``trl sft --config FILE``, ``trl dpo``, ``kto``, ``reward``, ``orpo.py`` and ``cpo.py``, or command lines.
 
 Facts of TRL 1.16.0 with transformers 5.23.0 and PEFT 0.21.2: `trl/scripts/` (which keys are read, that unknown ones are
 dropped), the trainers' configs and `model_config.py` (defaults), `trainer/sft_trainer.py` (what is cut and what is in
@@ -36,8 +36,9 @@ _TELLING = {
     "use_weighting": "dpo", "beta": "dpo",
 }  # fmt: skip
 """Keys that only one program reads, the telling ones first."""
+_SCORED = "SEQ_CLS"
 _SFT_LOSSES = ("nll", "dft", "chunked_nll")
-_RATES = {"sft": 2e-5}
+_RATES = {"sft": 2e-5, "reward": 1e-4}
 _RATE = 1e-6
 
 
@@ -54,15 +55,17 @@ def draft(settings: Settings) -> Draft:
     base(made)
     _formats(made, settings)
     _adapter(made, settings)
-    if method != "sft":
+    if method == "reward":
+        _reward(made, settings)
+    elif method != "sft":
         _objective(made, settings, method, program, told)
-    length = _window(made, settings)
-    packing = settings.truth("packing", default=False)
+    length = _window(made, settings, method)
+    packing = program == "sft" and settings.truth("packing", default=False)
     rate = _RATES.get(program, _RATE)
     course(made, Names(rate_default=rate, ratio=False), packed=length if packing else None)
     scheduler(made)
     _rows(made, settings, method)
-    if settings.values.get("learning_rate") is None:
+    if settings.values.get("learning_rate") is None and method != "reward":
         what = f"{rate:g} is TRL's default for whole models; adapters usually take ten times that"
         made.differs("learning_rate", what)
     made.put("output", settings.text("output_dir", "trainer_output"), "output_dir")
@@ -80,6 +83,8 @@ def _program(settings: Settings) -> tuple[str, str]:
     for key, program in _TELLING.items():
         if settings.has(key):
             return program, key
+    if settings.values.get("lora_task_type") == _SCORED:
+        return "reward", "lora_task_type"
     if loss and loss[0] not in _SFT_LOSSES:
         return "dpo", "loss_type"
     name = settings.text("dataset_name")
@@ -96,11 +101,23 @@ def _objective(made: Draft, settings: Settings, method: str, program: str, told:
     foreignobjective.objective(made, method, names, loss=loss)
     if told in ("beta", "dataset_name") and program == "dpo":
         made.differs(told, "read as `trl dpo` reads it; orpo.py has such rows and this key too: then write "
-                     "objective.method: orpo, without loss")  # fmt: skip
+                     "objective.method: orpo, without loss. `trl reward` has such rows: lora_task_type: SEQ_CLS tells "
+                     "that it is meant")  # fmt: skip
     if program == "kto":
         made.differs("train_sampling_strategy", "rows are taken in the file's order there, so that each meets its "
                      "neighbour's answer; here a step's rows are drawn, and meet those beside them in it")  # fmt: skip
     settings.used.add("train_sampling_strategy")
+
+
+def _reward(made: Draft, settings: Settings) -> None:
+    settings.values = {**settings.values, "trl": "reward"}
+    foreignobjective.reward(made, "trl", centre="center_rewards_coefficient")
+    kind = settings.text("lora_task_type", "CAUSAL_LM")
+    if kind != _SCORED:
+        source = "" if settings.has("lora_task_type") else ", the default"
+        made.differs("lora_task_type", f"it is {short(kind)}{source}, with which PEFT neither trains nor saves the "
+                     "score head, and its current version stops at once; here the head is trained and saved, as with "
+                     "SEQ_CLS")  # fmt: skip
 
 
 def _formats(made: Draft, settings: Settings) -> None:
@@ -146,7 +163,7 @@ def _adapter(made: Draft, settings: Settings) -> None:
     whole(made, "lora_modules_to_save", settings.items("lora_modules_to_save"))
 
 
-def _window(made: Draft, settings: Settings) -> int:
+def _window(made: Draft, settings: Settings, method: str) -> int:
     reach = settings.place.reach(settings.text("model_name_or_path"))
     if "max_length" in settings.values and settings.raw("max_length") is None:
         length = reach or 2048
@@ -154,10 +171,15 @@ def _window(made: Draft, settings: Settings) -> int:
     else:
         length = settings.count("max_length", 1024, least=8)
         made.put("train.max_length", length, "max_length")
+    default = "" if settings.has("max_length") else "not set: "
+    if method == "reward":
+        made.add("data.over_length", "drop", f"pairs with a text over {length:,} tokens: left out, as there, and named")
+        made.differs("max_length", f"{default}pairs with a text over {length:,} tokens are left out there without a "
+                     "word; here they are too, and each is named in rows.jsonl")  # fmt: skip
+        return length
     made.add(
         "data.over_length", "drop", f"rows over {length:,} tokens: left out and named; there their end was cut off"
     )
-    default = "" if settings.has("max_length") else "not set: "
     made.differs("max_length", f"{default}rows over {length:,} tokens lose their end there without a word, the "
                                "answer's end "
                  "and its stop token first; here such a row is left out and named (data.over_length), or raise "
@@ -187,8 +209,11 @@ def _rows(made: Draft, settings: Settings, method: str) -> None:
                       "data.eval_fraction judges here")  # fmt: skip
     else:
         raise settings.stop("dataset_name", "missing: dataset_name or datasets", "name the data set")
+    paths = [origin.path for origin in origins]
     if method == "sft":
-        _loss(made, settings, [origin.path for origin in origins])
+        _loss(made, settings, paths)
+    elif method == "reward":
+        foreignobjective.margins(made, "datasets" if listed else "dataset_name", paths)
 
 
 def _mixed(made: Draft, settings: Settings, declared: object) -> Origin:

@@ -14,6 +14,49 @@ from tests.importers.facts import FIXTURES
 from tests.runs import finetune
 
 OUT = Path("recipe.yaml")
+TRL = """\
+model_name_or_path: base
+dataset_name: pairs.jsonl
+use_peft: true
+dtype: bfloat16
+lora_target_modules: all-linear
+per_device_train_batch_size: 4
+max_steps: 2
+"""
+AXOLOTL = """\
+base_model: base
+adapter: lora
+lora_r: 8
+lora_alpha: 16
+lora_target_linear: true
+learning_rate: 1e-5
+micro_batch_size: 4
+max_steps: 2
+datasets:
+  - path: pairs.jsonl
+    type: chat_template.argilla_chat
+"""
+FACTORY = """\
+model_name_or_path: base
+finetuning_type: lora
+lora_target: all
+lora_rank: 8
+bf16: true
+dataset_dir: .
+dataset: pairs
+cutoff_len: 256
+max_steps: 2
+"""
+SWIFT = """\
+model: base
+dataset: pairs.jsonl
+tuner_type: lora
+lora_rank: 8
+torch_dtype: bfloat16
+max_length: 256
+max_steps: 2
+"""
+LABELS = ("pairs", "labels")
 
 
 class Imported:
@@ -41,6 +84,38 @@ def place(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> P
     rows(tmp_path / "train.jsonl", 25)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def judged(place: Path) -> Path:
+    """Twelve pairs and twelve labelled answers, in the columns of each trainer, and LLaMA-Factory's declarations."""
+    pairs, labels, declared, swift, asked_by = [], [], [], [], []
+    for at in range(12):
+        asked = [{"role": "user", "content": f"What comes after {at}?"}]
+        good, bad = ({"role": "assistant", "content": text} for text in (f"{at + 1}", f"{at + 2}"))
+        pairs.append({"prompt": asked, "chosen": [*asked, good], "rejected": [*asked, bad]})
+        labels.append({"prompt": asked, "completion": [good if at % 2 else bad], "label": bool(at % 2)})
+        declared.append({"ask": asked[0]["content"], "good": good["content"], "bad": bad["content"], "ok": at % 3 > 0})
+        swift.append({"messages": [*asked, good], "rejected_response": bad["content"]})
+        plain = {"input": asked[0]["content"], "chosen": good["content"], "rejected": bad["content"]}
+        asked_by.append({"system": "You count.", **plain})
+    files = {"pairs": pairs, "labels": labels, "declared": declared, "swift": swift, "bradley": asked_by}
+    files["margins"] = [{**row, "margin": 0.5} for row in pairs]
+    for name, made in files.items():
+        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in made))
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    info = {
+        "pairs": {"file_name": "declared.jsonl", "ranking": True, "columns": columns},
+        "labels": {"file_name": "declared.jsonl", "columns": {"prompt": "ask", "response": "good", "kto_tag": "ok"}},
+    }
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    return place
+
+
+def imported(trainer: str, text: str) -> Imported:
+    Path("recipe.yaml").unlink(missing_ok=True)
+    Path("c.yaml").write_text(text)
+    return Imported("c.yaml", "--from", trainer)
 
 
 def rows(path: Path, count: int, shape: str = "messages") -> None:

@@ -126,7 +126,7 @@ def test_declared_sets(name: str, data: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("stage: rm\n", "stage: rm is not taken over: it trains a model that scores answers"),
+        ("stage: ppo\n", "stage: ppo is not taken over: it learns from answers that it samples"),
         ("finetuning_type: full\n", "full trains what is no LoRA"),
         ("quantization_bit: 3\n", "3 bits have no format here"),
         ("dataset: shpo\n", "'shop'"),

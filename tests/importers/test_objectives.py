@@ -13,88 +13,18 @@ import pytest
 
 from finetune import foreignobjective, importers
 from tests.importers import facts
-from tests.importers.conftest import Imported, plan
+from tests.importers.conftest import AXOLOTL, FACTORY, LABELS, SWIFT, TRL, Imported, imported, plan
 from tests.runs import finetune
 
-TRL = """\
-model_name_or_path: base
-dataset_name: pairs.jsonl
-use_peft: true
-dtype: bfloat16
-lora_target_modules: all-linear
-per_device_train_batch_size: 4
-max_steps: 2
-"""
-AXOLOTL = """\
-base_model: base
-adapter: lora
-lora_r: 8
-lora_alpha: 16
-lora_target_linear: true
-learning_rate: 1e-5
-micro_batch_size: 4
-max_steps: 2
-datasets:
-  - path: pairs.jsonl
-    type: chat_template.argilla_chat
-"""
-FACTORY = """\
-model_name_or_path: base
-finetuning_type: lora
-lora_target: all
-lora_rank: 8
-bf16: true
-dataset_dir: .
-dataset: pairs
-cutoff_len: 256
-max_steps: 2
-"""
-SWIFT = """\
-model: base
-dataset: pairs.jsonl
-tuner_type: lora
-lora_rank: 8
-torch_dtype: bfloat16
-max_length: 256
-max_steps: 2
-"""
+pytestmark = pytest.mark.usefixtures("judged")
 
 
 def brief(value: object) -> str:
     return value if isinstance(value, str) and len(value) < 20 else ""
 
 
-LABELS = ("pairs", "labels")
 AXOLOTL_OWN = AXOLOTL.replace("chat_template.argilla_chat", "chatml.ultra")
 AXOLOTL_LABELS = AXOLOTL_OWN.replace(*LABELS)
-
-
-@pytest.fixture(autouse=True)
-def judged(place: Path) -> Path:
-    """Twelve pairs and twelve labelled answers, in the columns of TRL, and LLaMA-Factory's declarations of them."""
-    pairs, labels, declared, swift = [], [], [], []
-    for at in range(12):
-        asked = [{"role": "user", "content": f"What comes after {at}?"}]
-        good, bad = ({"role": "assistant", "content": text} for text in (f"{at + 1}", f"{at + 2}"))
-        pairs.append({"prompt": asked, "chosen": [*asked, good], "rejected": [*asked, bad]})
-        labels.append({"prompt": asked, "completion": [good if at % 2 else bad], "label": bool(at % 2)})
-        declared.append({"ask": asked[0]["content"], "good": good["content"], "bad": bad["content"], "ok": at % 3 > 0})
-        swift.append({"messages": [*asked, good], "rejected_response": bad["content"]})
-    for name, made in (("pairs", pairs), ("labels", labels), ("declared", declared), ("swift", swift)):
-        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in made))
-    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
-    info = {
-        "pairs": {"file_name": "declared.jsonl", "ranking": True, "columns": columns},
-        "labels": {"file_name": "declared.jsonl", "columns": {"prompt": "ask", "response": "good", "kto_tag": "ok"}},
-    }
-    (place / "dataset_info.json").write_text(json.dumps(info))
-    return place
-
-
-def imported(trainer: str, text: str) -> Imported:
-    Path("recipe.yaml").unlink(missing_ok=True)
-    Path("c.yaml").write_text(text)
-    return Imported("c.yaml", "--from", trainer)
 
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -301,7 +231,7 @@ def test_the_program_of_a_script_tells_the_method(line: str, method: str, beta: 
     plan()
 
 
-@pytest.mark.parametrize("line", ["trl grpo --model_name_or_path base", "trl reward --model_name_or_path base"])
+@pytest.mark.parametrize("line", ["trl grpo --model_name_or_path base", "trl rloo --model_name_or_path base"])
 def test_other_programs_are_refused_by_name(line: str) -> None:
     Path("c.sh").write_text(f"{line} --dataset_name pairs.jsonl --use_peft\n")
     said = finetune("import", "c.sh")
@@ -319,10 +249,11 @@ def test_every_word_of_the_table_is_a_method_or_has_its_reason() -> None:
 PARSE = """
 import dataclasses, json, sys, warnings
 warnings.simplefilter("ignore")
-from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
 from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
-config = {"dpo": DPOConfig, "kto": KTOConfig, "orpo": ORPOConfig, "cpo": CPOConfig}[sys.argv[1]]
+programs = {"dpo": DPOConfig, "kto": KTOConfig, "orpo": ORPOConfig, "cpo": CPOConfig, "reward": RewardConfig}
+config = programs[sys.argv[1]]
 parser = TrlParser((ScriptArguments, config, ModelConfig, DatasetMixtureConfig))
 fields = {field.name: field.default for field in dataclasses.fields(config)}
 plain = (int, float, str, bool, type(None))
@@ -331,19 +262,25 @@ print(json.dumps({"keys": [action.dest for action in parser._actions],
 """
 
 
-@pytest.mark.parametrize("program", ["dpo", "kto", "orpo", "cpo"])
-def test_keys_and_defaults_are_trls(program: str) -> None:
+def theirs(program: str) -> dict[str, Any]:
+    """The keys and plain defaults of one of TRL's programs, by its own parser; skips where it is not installed."""
     pytest.importorskip("trl", reason="TRL is not installed (extra bench): nothing to compare with")
     done = subprocess.run([sys.executable, "-c", PARSE, program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    assert set(theirs["keys"]) - {"help"} == set(importers.known(f"trl.{program}"))
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("program", ["dpo", "kto", "orpo", "cpo"])
+def test_keys_and_defaults_are_trls(program: str) -> None:
+    found = theirs(program)
+    assert set(found["keys"]) - {"help"} == set(importers.known(f"trl.{program}"))
     read = {"learning_rate": 1e-6, "beta": 0.1, "max_length": 1024, "disable_dropout": True}
     if program == "kto":
         read |= {"desirable_weight": 1.0, "undesirable_weight": 1.0, "loss_type": "kto"}
     if program == "cpo":
         read |= {"simpo_gamma": 0.5, "cpo_alpha": 1.0}
-    assert {key: theirs["defaults"][key] for key in read} == read
+    assert {key: found["defaults"][key] for key in read} == read
 
 
 def test_defaults_are_those_of_llamafactory() -> None:

@@ -1,9 +1,10 @@
-"""axolotl's YAML (``axolotl train FILE``), supervised or with ``rl:``.
+"""axolotl's YAML (``axolotl train FILE``), supervised, with ``rl:`` or with ``reward_model: true``.
 
 Facts of axolotl 0.19.0, which runs with transformers 5.16.1 and PEFT 0.20.0: `utils/schemas/` (defaults; a pydantic
 model that ignores unknown keys), `core/builders/base.py` (warm-up, saves), `utils/config/__init__.py` (shares of an
 epoch, number formats), `utils/trainer.py` (steps), `utils/data/utils.py` (long rows), `loaders/` (adapter and
-quantisation), `prompt_strategies/` (what is in the loss), `core/builders/rl.py` and `core/trainers/dpo/` (preferences).
+quantisation), `prompt_strategies/` (what is in the loss), `core/builders/rl.py` and `core/trainers/dpo/` (preferences),
+`core/builders/causal.py` and `prompt_strategies/bradley_terry/` (reward models).
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ _LEAST_WARMUP = 2
 
 def draft(settings: Settings) -> Draft:
     made = Draft(settings=settings, version="axolotl 0.19.0")
-    word = "reward" if settings.truth("reward_model", default=False) else settings.text("rl") or "sft"
-    method = foreignobjective.method(settings, "reward_model" if word == "reward" else "rl", word)
+    key, word = "rl", settings.text("rl") or "sft"
+    for scored, theirs in (("reward_model", "reward"), ("process_reward_model", "prm")):
+        if settings.truth(scored, default=False):
+            key, word = scored, theirs
+    method = foreignobjective.method(settings, key, word)
     kind = settings.text("adapter")
     if kind not in ("lora", "qlora"):
         what = f"{short(kind)} is no LoRA" if kind else "not set: every weight is trained, and lora_* is ignored"
@@ -45,9 +49,11 @@ def draft(settings: Settings) -> Draft:
     _formats(made, settings, kind)
     _adapter(made, settings)
     _onward(made, settings, method)
-    if method != "sft":
+    if method == "reward":
+        _reward(made, settings)
+    elif method != "sft":
         _objective(made, settings, method, word)
-    length = _window(made, settings)
+    length = _window(made, settings, method)
     _course(made, settings, length if settings.truth("sample_packing", default=False) else None)
     rows(made, settings, method)
     made.put("output", settings.text("output_dir", "model-out"), "output_dir")
@@ -138,11 +144,24 @@ def _objective(made: Draft, settings: Settings, method: str, word: str) -> None:
     foreignobjective.objective(made, method, names, loss=loss)
 
 
-def _window(made: Draft, settings: Settings) -> int:
+def _reward(made: Draft, settings: Settings) -> None:
+    foreignobjective.reward(made, "reward_model", centre="center_rewards_coefficient")
+    if settings.truth("sample_packing", default=False):
+        settings.fault("sample_packing", "its reward trainer packs no pairs", "remove it: they are packed here anyway")
+
+
+def _window(made: Draft, settings: Settings, method: str) -> int:
     length = settings.count("sequence_len", 512, least=8)
     made.put("train.max_length", length, "sequence_len")
     if not settings.has("sequence_len"):
         made.differs("sequence_len", "not set: 512 tokens")
+    if method == "reward":
+        settings.used.add("excess_length_strategy")
+        made.add("data.over_length", "drop", f"pairs with a text over {length:,} tokens: left out and named")
+        made.differs("sequence_len", f"a text over {length:,} tokens loses its end there, where its reward is read, "
+                     "whatever excess_length_strategy says; here such a pair is left out and named, or raise "
+                     "max_length")  # fmt: skip
+        return length
     how = settings.text("excess_length_strategy", "drop")
     ours = {"drop": "drop", "raise": "error"}.get(how, "drop")
     made.put("data.over_length", ours, "excess_length_strategy", value=how)

@@ -1,7 +1,7 @@
 """axolotl's data sets: their paths, what their ``type`` makes of them, and which part is held out.
 
 Facts of axolotl 0.19.0: `utils/schemas/datasets.py` (keys), `utils/data/rl.py` and `prompt_strategies/` with their
-folders `dpo`, `kto` and `orpo` (types and columns of rows that judge answers).
+folders `dpo`, `kto`, `orpo` and `bradley_terry` (types and columns of rows that judge answers).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _origin(made: Draft, settings: Settings, key: str, declared: object, roles: 
                       "message keeps it out of the loss")  # fmt: skip
     roles.update(map(str, declared.get("roles_to_train") or ()))
     path = settings.find(path)
-    kind = {"sft": _kind, "kto": _labelled}.get(method, _pairs)
+    kind = {"sft": _kind, "kto": _labelled, "reward": _scored}.get(method, _pairs)
     format_name, columns = kind(made, key, path, declared)
     return Origin(
         path=path, format=format_name, columns=columns, split=str(declared.get("split") or "train"),
@@ -134,6 +134,16 @@ def _pairs(made: Draft, key: str, path: str, declared: dict[str, Any]) -> tuple[
     if way == "icr" or (here is not None and "input" in here and not set(here) & {"prompt", "instruction", "question"}):
         found["prompt"] = "input"
     return "preference", found
+
+
+def _scored(made: Draft, key: str, path: str, declared: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The same of a reward model, whose one type has one question under ``input``."""
+    kind = declared.get("type")
+    if str(kind or "").partition(".")[0] == "bradley_terry":
+        return "preference", {"prompt": "input"}
+    made.differs(key, f"{short(path)}: reward_model needs type bradley_terry.chat_template there; type "
+                 f"{short(kind)} is read as pairs")  # fmt: skip
+    return _pairs(made, key, path, declared)
 
 
 def _labelled(made: Draft, key: str, path: str, declared: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -23,6 +23,8 @@ _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 _LATER = ("model", "data.train_path", "data.eval_path", "data.sources")
 """Keys that name what may be on another machine: a recipe is written although it is not here."""
+_REWARDS = "objective.rewards"
+"""What a recipe is written without, where it was a program there: nothing plans before somebody has filled it in."""
 _SECTIONS = {
     "quantize": ("how the frozen base weights are held", tuple(Quantize.model_fields)),
     "adapter": ("what is trained: a PEFT method and that method's own fields", ()),
@@ -148,6 +150,8 @@ def _written(value: Any) -> str:
         value = int(value)
     if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
         return value
+    if value is None:
+        return "null"
     if isinstance(value, list):
         return f"[{', '.join(map(_written, value))}]"
     if isinstance(value, dict):
@@ -156,7 +160,7 @@ def _written(value: Any) -> str:
 
 
 def _check(text: str, made: Draft) -> list[Fault]:
-    """What the recipe names and is not on this disk; anything else that is wrong with it is refused, by their keys."""
+    """What the recipe lacks yet, on this disk or in itself; anything else that is wrong is refused, by their keys."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
@@ -172,12 +176,14 @@ def _check(text: str, made: Draft) -> list[Fault]:
 
 
 def _theirs(fault: Fault, made: Draft) -> tuple[Fault, bool]:
-    """A fault of the recipe at the key that it came from; and whether it only names what is not here."""
+    """A fault of the recipe at the key that it came from; and whether it only names what is not here yet."""
     key = fault.where.rpartition(": ")[2]
     plain = re.sub(r"\[\d+\].*", "", key)
     later = plain in _LATER and ("no such file" in fault.what or "neither a folder" in fault.what)
-    keys = next((one.keys for one in made.taken if one.recipe == plain), (plain,))
-    return fault._replace(where=f"{made.settings.where(keys[0])} (here {key})"), later
+    later = later or (plain == _REWARDS and made.lines.get(_REWARDS, ("",))[0] is None)
+    keys = next((one.keys for one in made.taken if one.recipe == plain), None)
+    where = made.settings.where(keys[0]) if keys else str(made.settings.file)
+    return fault._replace(where=f"{where} (here {key})"), later
 
 
 def _said(made: Draft, out: Path, missing: list[Fault]) -> Iterator[str]:
@@ -190,7 +196,7 @@ def _said(made: Draft, out: Path, missing: list[Fault]) -> Iterator[str]:
             yield f"{title}:"
         yield from (f"  {remark}" for remark in said)
     if missing:
-        yield "not on this disk yet:"
+        yield "not here yet:"
     yield from (f"  {fault}" for fault in missing)
     yield f"written: {out}"
     yield f"next: finetune plan {out}"

@@ -31,7 +31,7 @@ _REASONS = (
     (r"deepspeed|fsdp|ddp|device_map|parallel|^ray|local_rank|accelerator|zero_|max_memory|world_size|tpu|backend$",
      "a run is trained on one device; with all devices' rows in one step the update is the same"),
     (r"checkpointing|flash|attn|attention|liger|kernel|compil|tf32|low_cpu|dataloader|num_proc|num_workers|processes|"
-     r"pad_to|padding|group_by_length|offload|fused|lazy|unsloth|memory|pin|use_cache|dtype|empty_cache|bf16_full",
+     r"pad_to|padding|group_by_length|offload|vllm|fused|lazy|unsloth|memory|pin|use_cache|dtype|empty_cache|bf16_full",
      "it says how numbers are computed, not which: `finetune plan` chooses that and prints it"),
     (r"cache|overwrite|prepared_path|tokenized_path|^do_|save_only|safetensors|remove_unused|add_version|strict",
      "housekeeping of that program"),

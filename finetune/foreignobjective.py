@@ -24,13 +24,16 @@ class Word(NamedTuple):
     why: str = ""
 
 
-_SAMPLES = "it learns from answers that it samples as it goes, and that something scores"
-_TEACHER = "it learns from a teacher, which is written by hand so far (objective.method: distill)"
+_SAMPLES = "it learns from answers that it samples as it goes, and otherwise than grpo, which is"
+_TEACHER = (
+    "its model learns from a teacher on answers that it samples itself, all or a share of them; objective.method: "
+    "distill learns from the answers of the rows (lmbda 0 there)"
+)
 METHODS = {
     "sft": Word("sft"), "pt": Word("sft"),
     "dpo": Word("dpo"), "ipo": Word("dpo"), "orpo": Word("orpo"), "simpo": Word("simpo"), "kto": Word("kto"),
     "cpo": Word(why="its loss has no reference and one term more; with loss_type simpo it is simpo, which is"),
-    "grpo": Word(why=_SAMPLES), "gdpo": Word(why=_SAMPLES), "rloo": Word(why=_SAMPLES), "ppo": Word(why=_SAMPLES),
+    "grpo": Word("grpo"), "gdpo": Word(why=_SAMPLES), "rloo": Word(why=_SAMPLES), "ppo": Word(why=_SAMPLES),
     "ebft": Word(why=_SAMPLES), "reward": Word("reward"), "rm": Word("reward"),
     "prm": Word(why="it scores each step of an answer, and a recipe's reward model a whole answer"),
     "distillation": Word(why=_TEACHER), "gkd": Word(why=_TEACHER),
@@ -122,7 +125,7 @@ def objective(
     if method == "orpo":
         draft.differs(names.word, "the chosen answer's cross-entropy is the mean over its own tokens here, and each "
                       "pair counts alike")  # fmt: skip
-    _no_dropout(draft)
+    no_dropout(draft)
     said = (*said, names.likelihood) if method == "simpo" else said
     for key, why in _LOST.items():
         if key not in said and settings.has(key) and settings.values[key] not in (False, 0, [], ""):
@@ -193,7 +196,7 @@ def reward(draft: Draft, key: str, *, centre: str = "", dropout: bool = False) -
     draft.differs(key, "a text's reward is read at its last token, with ChatML's template the line break behind the "
                   "stop token; here at the stop token")  # fmt: skip
     if not dropout:
-        _no_dropout(draft)
+        no_dropout(draft)
 
 
 def margins(draft: Draft, key: str, paths: Sequence[str]) -> None:
@@ -204,7 +207,7 @@ def margins(draft: Draft, key: str, paths: Sequence[str]) -> None:
                        "here it is not read, and objective.margin is the same for all")  # fmt: skip
 
 
-def _no_dropout(draft: Draft) -> None:
+def no_dropout(draft: Draft) -> None:
     """Trainers of preferences switch all dropout off, the adapter's too, unless they are told not to."""
     settings = draft.settings
     if not settings.truth("disable_dropout", default=True):
@@ -228,7 +231,7 @@ def onward(draft: Draft, key: str, path: str, method: str, *, reference: str = "
         return
     folder = settings.find(path)
     draft.put("adapter.start_from", folder, key, value=path)
-    if method in ("dpo", "kto"):
+    if method in ("dpo", "kto", "grpo"):
         if not reference:
             draft.differs(key, "the reference there is the base without this adapter; here it is the base with it, "
                           "so that a run begins where its reference is")  # fmt: skip

@@ -200,8 +200,9 @@ def settle(draft: Draft, rows: int | None) -> None:
     _best(draft)
     joined = None if kept is None else math.ceil(kept * made.epochs / made.per_step)
     if made.steps is None and total is not None and joined != total:
-        draft.differs("epochs", f"each pass ended with a short step there: {total:,} steps; here steps go on over the "
-                      f"border of a pass: {joined:,}")  # fmt: skip
+        end = "left out its last rows, which filled no step" if made.passes == "dropped" else "ended with a short step"
+        draft.differs("epochs", f"each pass {end} there: {total:,} steps; here steps go on over the border of a pass: "
+                      f"{joined:,}")  # fmt: skip
 
 
 def _best(draft: Draft) -> None:

@@ -188,7 +188,7 @@ def test_what_is_not_on_this_disk_does_not_stop_it(place: Path) -> None:
     Path("c.yaml").write_text(GOOD.replace("base", "/models/qwen").replace("train.jsonl", "/data/rows.jsonl"))
     said = finetune("import", "c.yaml", "--from", "trl")
     assert said.code == 0, said.err
-    assert "not on this disk yet:" in said.out
+    assert "not here yet:" in said.out
     assert said.out.count("(here ") == 2
     assert finetune("plan", str(OUT)).code == 2
 

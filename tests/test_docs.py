@@ -134,7 +134,7 @@ def test_tests_mirror_the_package() -> None:
         "joint_plan": "test_together", "runresult": "test_runpage",
         "runsections": "test_runpage",
         "foreign": "test_adopt", "dsfile": "importers/test_qwen", "foreignparts": "importers/test_axolotl",
-        "foreignobjective": "importers/test_objectives",
+        "foreignobjective": "importers/test_objectives", "foreignsampled": "importers/test_sampled",
         "beginning": "objectives/test_training",
         "startcli": "test_doctor", "survey": "test_draft", "proposal": "test_draft", "conflicts": "test_doctor",
         "tiny_base": "test_data_scripts",

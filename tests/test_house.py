@@ -39,7 +39,7 @@ CHOICES = [
     "known_models",
 ]  # fmt: skip
 GROUND = [
-    "hftrainer", "dsfile", "foreignobjective", "foreignparts", "foreign", "shellscript",
+    "hftrainer", "dsfile", "foreignobjective", "foreignsampled", "foreignparts", "foreign", "shellscript",
     "plot", "webpage", "gguf_file", "answer_schema", "pattern", "cage", "endings", "llamacpp", "llamaruntime",
     "interrupts", "jobplace", "timelimit", "unfinished", "ended",
     "terminal", "halving", "bootstrap", "schedule", "sampling", "decoder", "rowcheck", "messages", "conversation",

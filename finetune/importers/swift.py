@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from finetune import foreignobjective, importers
+from finetune import foreignobjective, foreignsampled, importers
 from finetune.dsfile import scheduler
 from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, compute, eval_rows, number_formats, targets, train_rows, whole
@@ -23,6 +23,9 @@ SIGNS = frozenset({
 })  # fmt: skip
 COMMANDS = (("swift", "sft"), ("swift", "pt"), ("swift", "rlhf"))
 _BATCH = 16
+_SAMPLED = foreignsampled.Names(
+    word="rlhf_type", beta=0.04, loss="grpo", temperature=0.9, corrected=False, masked="overlong_filter"
+)
 
 
 def draft(settings: Settings) -> Draft:
@@ -51,17 +54,20 @@ def draft(settings: Settings) -> Draft:
     _formats(made, settings)
     _adapter(made, settings)
     _objective(made, settings, method)
-    length = _window(made, settings)
+    length = _window(made, settings, method)
     micro = settings.count("per_device_train_batch_size", 1)
-    accumulation = max(1, math.ceil(_BATCH / micro / (settings.devices or 1)))
-    if not settings.has("gradient_accumulation_steps"):
+    accumulation = 1 if method == "grpo" else max(1, math.ceil(_BATCH / micro / (settings.devices or 1)))
+    if not settings.has("gradient_accumulation_steps") and method != "grpo":
         made.differs("gradient_accumulation_steps", f"not set: as many as make about {_BATCH} rows a step there "
                      f"({accumulation} here), whatever the number of devices")  # fmt: skip
     names = Names(
         batch_default=1, accumulation_default=accumulation, rate_default=1e-4, schedule_default="cosine",
         decay_default=0.1, beta2_default=0.95, report_default="tensorboard",
     )  # fmt: skip
-    course(made, names, packed=length if settings.truth("packing", default=False) else None)
+    packing = settings.truth("packing", default=False) and method != "grpo"
+    course(made, names, packed=length if packing else None)
+    if method == "grpo":
+        foreignsampled.steps(made, "per_device_train_batch_size")
     scheduler(made)
     _rows(made, settings, method)
     _loss(made, settings, method)
@@ -139,6 +145,10 @@ def _objective(made: Draft, settings: Settings, method: str) -> None:
         foreignobjective.reward(made, "rlhf_type", centre="center_rewards_coefficient")
     if method in ("sft", "reward"):
         return
+    if method == "grpo":
+        foreignsampled.objective(made, _SAMPLED)
+        settings.used.add("ref_adapters")
+        return
     if theirs and not paths:
         made.lost("ref_adapters", "a reference with an adapter that the policy does not begin from")
     settings.used.add("ref_adapters")
@@ -147,8 +157,10 @@ def _objective(made: Draft, settings: Settings, method: str) -> None:
     foreignobjective.objective(made, method, names, loss=settings.items("loss_type") if method != "simpo" else "")
 
 
-def _window(made: Draft, settings: Settings) -> int:
+def _window(made: Draft, settings: Settings, method: str) -> int:
     reach = settings.place.reach(settings.text("model"))
+    if method == "grpo":
+        return _prompts(made, settings, reach)
     if settings.has("max_length"):
         length = settings.count("max_length", 2048, least=8)
         made.put("train.max_length", length, "max_length")
@@ -173,6 +185,18 @@ def _window(made: Draft, settings: Settings) -> int:
     return length
 
 
+def _prompts(made: Draft, settings: Settings, reach: int | None) -> int:
+    """grpo's ``max_length`` bounds prompts alone."""
+    longest = settings.count("max_length", 2048, least=8) if settings.has("max_length") else None
+    foreignsampled.window(made, "max_length", longest, reach)
+    how = settings.text("truncation_strategy", "left")
+    if longest:
+        lost = "are replaced by others" if how == "delete" else "lose their beginning"
+        made.differs("truncation_strategy", f"{how}: prompts over {longest:,} tokens {lost} there; here such a row is "
+                     "left out and named where prompt and answer do not fit into train.max_length")  # fmt: skip
+    return 0
+
+
 def _rows(made: Draft, settings: Settings, method: str) -> None:
     names = _names(settings, "dataset")
     if not names:
@@ -182,7 +206,7 @@ def _rows(made: Draft, settings: Settings, method: str) -> None:
     if columns and not renamed:
         made.lost("columns", "write data.columns by hand: the format's column, then the one used here")
     origins = [_origin(made, settings, "dataset", name, renamed) for name in names]
-    train_rows(made, origins, "dataset")
+    train_rows(made, foreignsampled.rows(made, "dataset", origins) if method == "grpo" else origins, "dataset")
     if method == "reward":
         foreignobjective.margins(made, "dataset", [origin.path for origin in origins])
     judged = [_origin(made, settings, "val_dataset", name, renamed) for name in _names(settings, "val_dataset")]

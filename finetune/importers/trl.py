@@ -1,4 +1,4 @@
-"""TRL's ``trl sft --config FILE``, ``trl dpo``, ``kto``, ``reward``, ``orpo.py`` and ``cpo.py``, or command lines.
+"""TRL's ``trl sft --config FILE``, ``trl dpo``, ``kto``, ``reward``, ``grpo``, ``orpo.py``, ``cpo.py``, or their lines.
 
 Facts of TRL 1.16.0 with transformers 5.23.0 and PEFT 0.21.2: `trl/scripts/` (which keys are read, that unknown ones are
 dropped), the trainers' configs and `model_config.py` (defaults), `trainer/sft_trainer.py` (what is cut and what is in
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune import foreignobjective, importers
+from finetune import foreignobjective, foreignsampled, importers
 from finetune.dsfile import scheduler
 from finetune.foreign import Draft, Settings, short
 from finetune.foreignparts import Origin, base, compute, eval_rows, number_formats, shape, targets, train_rows, whole
@@ -40,6 +40,9 @@ _SCORED = "SEQ_CLS"
 _SFT_LOSSES = ("nll", "dft", "chunked_nll")
 _RATES = {"sft": 2e-5, "reward": 1e-4}
 _RATE = 1e-6
+_SAMPLED = foreignsampled.Names(
+    word="trl", beta=0.0, loss="dapo", temperature=1.0, corrected=True, masked="mask_truncated_completions"
+)
 
 
 def draft(settings: Settings) -> Draft:
@@ -57,12 +60,19 @@ def draft(settings: Settings) -> Draft:
     _adapter(made, settings)
     if method == "reward":
         _reward(made, settings)
+    elif method == "grpo":
+        settings.values = {**settings.values, "trl": "grpo"}
+        foreignsampled.objective(made, _SAMPLED)
+        if settings.truth("disable_dropout", default=False):
+            foreignobjective.no_dropout(made)
     elif method != "sft":
         _objective(made, settings, method, program, told)
     length = _window(made, settings, method)
     packing = program == "sft" and settings.truth("packing", default=False)
     rate = _RATES.get(program, _RATE)
     course(made, Names(rate_default=rate, ratio=False), packed=length if packing else None)
+    if method == "grpo":
+        foreignsampled.steps(made, "per_device_train_batch_size")
     scheduler(made)
     _rows(made, settings, method)
     if settings.values.get("learning_rate") is None and method != "reward":
@@ -165,6 +175,9 @@ def _adapter(made: Draft, settings: Settings) -> None:
 
 def _window(made: Draft, settings: Settings, method: str) -> int:
     reach = settings.place.reach(settings.text("model_name_or_path"))
+    if method == "grpo":
+        foreignsampled.window(made, "max_completion_length", None, reach)
+        return 0
     if "max_length" in settings.values and settings.raw("max_length") is None:
         length = reach or 2048
         made.put("train.max_length", length, "max_length", value="none", note="nothing was cut: what the model reaches")
@@ -192,14 +205,14 @@ def _rows(made: Draft, settings: Settings, method: str) -> None:
     test = settings.text("dataset_test_split", "test")
     judged = made.course is not None and made.course.evaluate != "no"
     if isinstance(listed, list) and listed:
-        origins = [_mixed(made, settings, one) for one in listed]
+        origins = _asked(made, "datasets", [_mixed(made, settings, one) for one in listed], method)
         train_rows(made, origins, "datasets")
         if settings.has("test_split_size") and made.course:
             made.course.held, made.course.held_key = settings.number("test_split_size", 0), "test_split_size"
     elif settings.has("dataset_name"):
         name = settings.find(settings.text("dataset_name"))
         split, subset = settings.text("dataset_train_split", "train"), settings.text("dataset_config")
-        origins = [Origin(path=name, split=split, subset=subset)]
+        origins = _asked(made, "dataset_name", [Origin(path=name, split=split, subset=subset)], method)
         train_rows(made, origins, "dataset_name")
         if judged:
             eval_rows(made, [Origin(path=name, split=test)], "dataset_name")
@@ -214,6 +227,10 @@ def _rows(made: Draft, settings: Settings, method: str) -> None:
         _loss(made, settings, paths)
     elif method == "reward":
         foreignobjective.margins(made, "datasets" if listed else "dataset_name", paths)
+
+
+def _asked(made: Draft, key: str, origins: list[Origin], method: str) -> list[Origin]:
+    return foreignsampled.rows(made, key, origins) if method == "grpo" else origins
 
 
 def _mixed(made: Draft, settings: Settings, declared: object) -> Origin:

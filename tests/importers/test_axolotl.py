@@ -141,7 +141,7 @@ def test_declared_types_become_formats(place: Path, kind: str, format_name: str,
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("rl: grpo\n", "rl: grpo is not taken over: it learns from answers that it samples"),
+        ("rl: grpo\n", "rl: grpo is not taken over: its rewards are Python functions"),
         ("rl: dpo\nsample_packing: true\n", "sample_packing: does not go with rl: dpo there"),
         ("load_in_4bit: true\nload_in_8bit: true\n", "cannot be true beside load_in_4bit"),
         ("val_set_size: 0.1\ntest_datasets:\n  - path: more.jsonl\n", "cannot be given together with test_datasets"),

@@ -231,7 +231,7 @@ def test_the_program_of_a_script_tells_the_method(line: str, method: str, beta: 
     plan()
 
 
-@pytest.mark.parametrize("line", ["trl grpo --model_name_or_path base", "trl rloo --model_name_or_path base"])
+@pytest.mark.parametrize("line", ["trl distillation --model_name_or_path base", "trl rloo --model_name_or_path base"])
 def test_other_programs_are_refused_by_name(line: str) -> None:
     Path("c.sh").write_text(f"{line} --dataset_name pairs.jsonl --use_peft\n")
     said = finetune("import", "c.sh")
@@ -249,10 +249,12 @@ def test_every_word_of_the_table_is_a_method_or_has_its_reason() -> None:
 PARSE = """
 import dataclasses, json, sys, warnings
 warnings.simplefilter("ignore")
-from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
+from trl import (DatasetMixtureConfig, DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments,
+                 TrlParser)
 from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
-programs = {"dpo": DPOConfig, "kto": KTOConfig, "orpo": ORPOConfig, "cpo": CPOConfig, "reward": RewardConfig}
+programs = {"dpo": DPOConfig, "kto": KTOConfig, "orpo": ORPOConfig, "cpo": CPOConfig, "reward": RewardConfig,
+            "grpo": GRPOConfig}
 config = programs[sys.argv[1]]
 parser = TrlParser((ScriptArguments, config, ModelConfig, DatasetMixtureConfig))
 fields = {field.name: field.default for field in dataclasses.fields(config)}

@@ -97,7 +97,7 @@ def test_words_of_a_file(place: Path, text: str, values: dict[str, object]) -> N
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("swift rlhf --rlhf_type grpo --model base --dataset x", "rlhf_type: grpo is not taken over: it learns from"),
+        ("swift rlhf --rlhf_type gkd --model base --dataset x", "rlhf_type: gkd is not taken over: its model learns"),
         ("swift rlhf --rlhf_type dop --model base --dataset x", "rlhf_type: dop is no method that is known here"),
         ("swift sft --model base --dataset x --tuner_type full", "full trains what is no LoRA"),
         ("swift sft --model $HOME/base --dataset x", "only a shell knows what $HOME"),

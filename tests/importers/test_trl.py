@@ -126,7 +126,10 @@ def test_what_is_in_the_loss_hangs_on_the_rows(place: Path, shape: str, extra: s
     ("text", "what"),
     [
         ("use_peft: false\nlora_r: 8", "use_peft: use_peft is not set: TRL trains every weight"),
-        ("use_peft: true\nreward_funcs: length", "reward_funcs: grpo is not taken over: it learns from answers"),
+        (
+            "use_peft: true\nteacher_model_name_or_path: t",
+            "distillation is not taken over: its model learns from a teacher",
+        ),
         ("use_peft: true\ncpo_alpha: 1", "cpo_alpha: cpo is not taken over: its loss has no reference"),
         ("use_peft: true\nload_in_4bit: true\nload_in_8bit: true", "load_in_8bit: cannot be true beside load_in_4bit"),
         ("use_peft: true\nlora_r: many", "lora_r: must be a number; found many"),

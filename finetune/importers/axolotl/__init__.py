@@ -35,6 +35,9 @@ def draft(settings: Settings) -> Draft:
         if settings.truth(scored, default=False):
             key, word = scored, theirs
     method = foreignobjective.method(settings, key, word)
+    if method == "grpo":
+        what = "grpo is not taken over: its rewards are Python functions, and its other numbers stand in trl:"
+        raise settings.stop("rl", what, "write objective.method: grpo by hand; docs/objectives.md")
     kind = settings.text("adapter")
     if kind not in ("lora", "qlora"):
         what = f"{short(kind)} is no LoRA" if kind else "not set: every weight is trained, and lora_* is ignored"

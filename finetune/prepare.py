@@ -149,6 +149,7 @@ def _prepared(
     rows_trained = control_tokens.resolve(located, base, renderer, gathered.samples.added_tokens())
     load = gather.load_of(located.recipe, gathered, len(renderer.tokenizer))
     teacher = teaching.find(located, base, renderer.tokenizer, gathered) if training else None
+    teaching.refuse_shards(located, teacher)
     made = plan.make(
         located, base.shape, machine, load, must_fit=training, rows=rows_trained.fields(base.shape.own_head),
         notes=[*found.notes, *base.notes, *rows_trained.notes, *gathered.notes, *remarks, *teaching.notes(teacher),
@@ -252,6 +253,7 @@ def _by_numbers(located: Located, machine: Hardware, notes: Sequence[str], **how
         *(["whether the adapter to begin from belongs to this base"] if located.recipe.adapter.start_from else []),
     )
     teacher = teaching.find(located, None, None, None)
+    teaching.refuse_shards(located, teacher)
     made = plan.make(
         located, shape, machine, None, unchecked=unchecked, notes=[*notes, *teaching.notes(teacher)],
         beside=teaching.beside(teacher, shape), **how,

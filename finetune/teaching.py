@@ -109,6 +109,14 @@ def find(located: Located, own: Base | None, tokens: Any, gathered: Gathered | N
     return Teacher(**{**found.__dict__, "vocabulary": ours})
 
 
+def refuse_shards(located: Located, teacher: Teacher | None) -> None:
+    """Raise RecipeError where a teacher would be loaded beside a base in shards, of which there is no second view."""
+    if located.recipe.train.shard != "none" and teacher is not None and teacher.record is None:
+        what = "a teacher in memory stands on a whole base"
+        fix = "take shard: none, or as teacher what it said once: finetune teach"
+        raise RecipeError(what, located.where("train.shard"), fix)
+
+
 def vocabulary(tokens: Any) -> str:
     """A digest of a tokenizer's tokens by their ids."""
     return manifest.digest_bytes(json_bytes(sorted(tokens.get_vocab().items(), key=lambda one: one[1])))

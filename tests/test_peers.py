@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from finetune.errors import EnvironmentFault
 from finetune.peers import ALONE
 from finetune.schedule import deal
 from tests import runs, tiny
-from tests.peers_worker import CASES, STEPS, steps
+from tests.peers_worker import CASES, LIVE, PAIRS, STEPS, STORED, WORK, steps
 
 WORLDS = (2, 4)
 
@@ -35,8 +36,31 @@ def several(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     out = tmp_path_factory.mktemp("worlds")
     for case in CASES:
         steps(tiny_base, out / "1" / case, case, ALONE)
+    furnish(out / WORK, tiny_base)
     start(tiny_base, out)
     return {world: out / str(world) for world in (1, *WORLDS)}
+
+
+def furnish(work: Path, base: Path) -> None:
+    """A workplace with what the whole runs learn from, and those of one process."""
+    runs.furnish(work)
+    shutil.copytree(base, work / "base")
+    for name, count, step in (("pairs", 20, 1), ("judged", 6, 2)):
+        pairs = [
+            {"prompt": f"What is {n} and {n + step}?", "chosen": f"{2 * n + step}", "rejected": f"{2 * n} or so"}
+            for n in range(count)
+        ]
+        runs.write_rows(work / f"{name}.jsonl", pairs)
+    with contextlib.chdir(work):
+        for name, overrides in {"teacher": (), "reward": PAIRS, "live": LIVE, "stored": STORED}.items():
+            if name == "stored":
+                sets = [part for one in LIVE for part in ("--set", one)]
+                said = runs.finetune("teach", "r.yaml", "--out", "said", "--top-k", "8", *sets)
+                assert said.code == 0, said.err
+            said = runs.train(*overrides, f"output=runs/{name if name == 'teacher' else f'{name}-alone'}")
+            assert said.code == 0, said.err
+            if name == "teacher":
+                runs.awake(Path("runs/teacher/adapter"))
 
 
 def start(base: Path, out: Path) -> None:
@@ -84,7 +108,7 @@ def told(folder: Path, rank: int) -> dict[str, Any]:
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_gradient_is_that_of_one_process(several: dict[int, Path], world: int, case: str) -> None:
     alone, events = gradients(several[1] / case, 0), told(several[1] / case, 0)["events"]
-    assert len(alone) == len(events) == (len(STEPS) if CASES[case].objective == "sft" else 2)
+    assert len(alone) == len(events) == (2 if CASES[case].judged else len(STEPS))
     first = gradients(several[world] / case, 0)
     for rank in range(world):
         mine = gradients(several[world] / case, rank)
@@ -94,11 +118,21 @@ def test_the_gradient_is_that_of_one_process(several: dict[int, Path], world: in
         for one, other in zip(told(several[world] / case, rank)["events"], events, strict=True):
             assert one[3:] == other[3:], "the numbers are the whole step's"
             assert one[1:3] == pytest.approx(other[1:3], rel=1e-5)
+        figures = (
+            told(folder / case, number)["figures"] for folder, number in ((several[world], rank), (several[1], 0))
+        )
+        for one, other in zip(*figures, strict=True):
+            assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_shards_change_no_bit(several: dict[int, Path], world: int) -> None:
-    for whole, parts in (("plain", "shards"), ("one pack a step", "shards, one pack a step")):
+    for whole, parts in (
+        ("plain", "shards"),
+        ("one pack a step", "shards, one pack a step"),
+        ("reward", "shards, reward"),
+        ("distill, stored", "shards, distill, stored"),
+    ):
         both = zip(gradients(several[world] / whole, 0), gradients(several[world] / parts, 0), strict=True)
         assert all(tiny.same(one, other) for one, other in both)
 
@@ -130,6 +164,57 @@ def test_a_fault_of_one_process_is_everybodys(several: dict[int, Path], world: i
         rf"rows rows.jsonl:\d+: the loss of step \d is not finite \(process 1 of {world}\); ", faults[0][1]
     )
     assert "rows.jsonl" in faults[1][1]
+
+
+# ---- whole runs of two processes, whose first one leads
+
+
+@pytest.fixture
+def work(several: dict[int, Path]) -> Path:
+    faults = [path.read_text() for path in several[2].glob("runs-*.txt")]
+    assert not faults
+    return several[1].parent / WORK / "runs"
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def judged(run: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((run / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["reward", "live", "stored"])
+def test_a_run_of_two_is_that_of_one_and_so_is_its_judgement(work: Path, name: str) -> None:
+    two, one = work / name, work / f"{name}-alone"
+    learned = adapter(one)
+    assert adapter(two).keys() == learned.keys()
+    kinds = ("lora_", "score") if name == "reward" else ("lora_",)
+    for kind in kinds:  # each by itself: the head is small beside the matrices
+        mine, theirs = ({key: value for key, value in part.items() if kind in key} for part in (adapter(two), learned))
+        assert tiny.flat(theirs).norm() > 0
+        assert tiny.distance(tiny.flat(mine), tiny.flat(theirs)) < 1e-5
+    for line, other in zip(runs.metrics(two), runs.metrics(one), strict=True):
+        assert line["samples"] == other["samples"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert judged(two).keys() == judged(one).keys() == {"before", "step 2", "after"}
+    for when, found in judged(one).items():
+        numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+        assert {"reward_margin" if name == "reward" else "teacher_kl", "loss"} <= numbers.keys()
+        assert {key: judged(two)[when][key] for key in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("reward", "in-two"), ("reward", "in-shards"), ("live", "in-two"), ("stored", "in-shards")],
+)
+def test_a_run_of_two_that_paused_ends_with_the_same_bits(work: Path, name: str, parts: str) -> None:
+    whole, paused = work / name, work / f"{name}-{parts}"
+    assert tiny.same(adapter(paused), adapter(whole))
+    assert runs.curve(paused) == runs.curve(whole)
+    assert judged(paused) == judged(whole)
+    state = "checkpoints/step-00000004/optimizer.safetensors"
+    assert tiny.same(load_file(paused / state), load_file(whole / state))
 
 
 @given(st.lists(st.integers(1, 4096), min_size=1, max_size=40), st.integers(1, 9))

@@ -246,6 +246,24 @@ def test_the_plan_knows_the_teacher() -> None:
 
 
 @pytest.mark.usefixtures("school")
+@pytest.mark.parametrize("model", ["base", "Qwen/Qwen2.5-14B-Instruct"])  # the second is known by its numbers
+def test_a_teacher_in_memory_is_refused_beside_shards_and_what_it_said_is_not(model: str) -> None:
+    def plan(teacher: Path, *options: str) -> runs.Said:
+        overrides = wanted(f"model={model}", "train.shard=fsdp", f"objective.teacher={teacher}")
+        sets = [part for one in overrides for part in ("--set", one)]
+        return runs.finetune("plan", "r.yaml", "--processes", "2", "--card", "80", *options, *sets)
+
+    said = plan(TEACHER)
+    assert said.code == 2
+    fix = "take shard: none, or as teacher what it said once: finetune teach"
+    assert f"train.shard: a teacher in memory stands on a whole base; {fix}" in said.err
+    assert written("train.shard=fsdp", "--top-k=4").code == 0, "one process asks it, over a whole base"
+    said = plan(Path("said"))
+    assert said.code == 0, said.err
+    assert "each of 2 processes, which holds 1/2 of the layers" in said.out
+
+
+@pytest.mark.usefixtures("school")
 def test_the_teacher_is_the_prepared_one_and_holds_no_base_of_its_own() -> None:
     prepared = prepare.prepare(Path("r.yaml"), [*WANTED, f"objective.teacher={TEACHER}"])
     made = runs_module.Run(prepared, Terminal(silent=True))

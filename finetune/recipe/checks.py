@@ -103,10 +103,6 @@ def _shard(tree: dict[str, Any]) -> Iterator[Finding]:
     fields = adapter if isinstance(adapter, dict) else {}
     if tree.get("adapters") is not None:
         yield Finding(at, "several adapters are trained by one process, which holds the whole base", "remove one")
-    if _value(tree, "objective", "method") == "reward":
-        yield Finding(at, "a reward model's head is new, and no process has it to part", "take shard: none")
-    if _value(tree, "objective", "method") == "distill":
-        yield Finding(at, "a teacher stands on a whole base", "take shard: none")
     if (word := _value(tree, "quantize", "weights")) in _WHOLE:
         yield Finding(at, f"{word} weights are not put in shards", "take quantize.weights: nf4, or bf16")
     if fields.get("method", "lora") != "lora":

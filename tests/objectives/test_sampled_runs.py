@@ -149,11 +149,13 @@ def test_the_plan_counts_what_is_sampled() -> None:
     ],
 )
 def test_what_is_refused(overrides: tuple[str, ...], options: tuple[str, ...], what: str) -> None:
-    said = runs.train(*GRPO, *overrides, options=options)
-    assert said.code == 2, said.err
-    assert what in said.err
-    assert "loading" not in said.out
-    assert not Path("runs").exists()
+    sets = [part for one in (*GRPO, *overrides) for part in ("--set", one)]
+    for verb in ("plan", "train"):
+        said = runs.finetune(verb, "r.yaml", *options, *sets)
+        assert said.code == 2, said.err
+        assert what in said.err
+        assert "loading" not in said.out
+        assert not Path("runs").exists()
 
 
 @pytest.mark.usefixtures("work")

@@ -476,11 +476,6 @@ MORE: dict[str, tuple[Callable[[str], str], str, str]] = {
         "r.yaml:18:3: train.shard",
         "int8 weights are not put in shards; take quantize.weights: nf4",
     ),
-    "shards under a teacher": (
-        lambda text: aimed("method: distill, teacher: t")(swap("  seed: 7", "  shard: fsdp")(text)),
-        "r.yaml:20:3: train.shard",
-        "a teacher stands on a whole base; take shard: none",
-    ),
     "shards under another method": (
         lambda text: swap("method: lora\n  r: 8\n  lora_alpha: 16", "method: ia3")(
             swap("  seed: 7", "  shard: fsdp")(text)

@@ -51,8 +51,11 @@ class JointPlan:
         return {"adapters": {name: plan.to_dict() for name, plan in self.plans.items()}, "memory": self.budget.total}
 
 
-def refuse_unroutable(runs: Sequence[Located]) -> None:
-    """Raise RecipeError where an adapter has what only a pass of its own can give it."""
+def refuse_unroutable(runs: Sequence[Located], processes: int) -> None:
+    """Raise RecipeError where an adapter has what only a pass of its own can give it, and for several processes."""
+    if processes > 1:
+        what = "several adapters are trained by one process"
+        raise RecipeError(what, "--processes", "train one of them: --set adapters=NAME")
     if runs[0].recipe.train.kernels == "off":
         what = "without kernels each adapter goes through the base by itself, and nothing is shared"
         raise RecipeError(what, runs[0].where("train.kernels"), f"remove it, {_ALONE}")

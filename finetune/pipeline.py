@@ -126,9 +126,6 @@ def _prepared(recipe: Path, overrides: Sequence[str], terminal: Terminal, proces
     if prepared[0].base is None:
         source.bring(prepared[0].recipe.model, prepared[0].recipe.revision, terminal)
         prepared = prepare.prepare_all(recipe, overrides, progress=show, processes=processes)
-    if processes > 1 and len(prepared) > 1:
-        what = "several adapters are trained by one process"
-        raise RecipeError(what, "--processes", "train one of them: --set adapters=NAME")
     if processes > 1:
         from finetune import starts
 

@@ -116,7 +116,7 @@ def prepare_all(
     machine = hardware.imagined(card) if card else hardware.detect()
     runs = recipe.locate_all(path, overrides)
     if len(runs) > 1:
-        joint_plan.refuse_unroutable(runs)
+        joint_plan.refuse_unroutable(runs, processes)
     found = [
         _prepared(one, machine, True, card, progress, joint=len(runs) > 1, processes=processes) for one in runs
     ]  # fmt: skip

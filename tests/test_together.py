@@ -273,6 +273,14 @@ def test_refused_before_anything_is_written(place: Path, old: str, new: str, cod
     assert not ROOT.exists()
 
 
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_one_process_trains_them(place: Path, verb: str) -> None:
+    said = runs.finetune(verb, "r.yaml", "--processes", "2")
+    assert said.code == 2
+    assert "several adapters are trained by one process; train one of them: --set adapters=NAME" in said.err
+    assert not Path("runs").exists()
+
+
 def test_a_folder_that_is_a_run_of_its_own_is_refused(place: Path) -> None:
     Path("one.yaml").write_text(runs.RECIPE.replace("runs/one", "runs/all"))
     assert runs.finetune("train", "one.yaml").code == 0

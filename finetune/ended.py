@@ -45,14 +45,16 @@ def note(folder: RunFolder, how: str, why: str) -> None:
 
 @contextlib.contextmanager
 def noting(folder: RunFolder) -> Iterator[None]:
-    """Work on a run; where that ends by an error, its folder says so. Who is killed leaves no note: ``state`` knows."""
+    """Work on a run; where that ends by an error, its folder says so. Who is killed leaves no note: ``state`` knows.
+    A finished run that is only cut off from closing gets none."""
     remove(folder.stopped)
     try:
         yield
     except BaseException as error:
         how = INTERRUPTED if isinstance(error, Interrupted | KeyboardInterrupt) else FAILED
         with contextlib.suppress(FinetuneError, OSError):  # a full disk is what it would tell of
-            note(folder, how, str(error) or type(error).__name__)
+            if not end(folder):
+                note(folder, how, str(error) or type(error).__name__)
         raise
 
 

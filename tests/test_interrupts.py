@@ -8,11 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from finetune import devices
 from finetune.errors import Interrupted
 from finetune.interrupts import out_of_reach, stop_requests
+from tests import runs
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +93,22 @@ def test_deferred_work_is_cut_only_where_it_allows(work: Callable[[list[str]], N
     with pytest.raises(Interrupted):
         work(done)
     assert done == expected
+
+
+def test_a_run_that_is_cut_off_behind_its_end_is_finished(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request came while the tracker closed: the weights are whole, and nothing says that the run stands still."""
+    finish = devices.Session.finish
+
+    def cut(session: devices.Session) -> None:
+        monkeypatch.setattr(devices.Session, "finish", finish)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(devices.Session, "finish", cut)
+    assert runs.train().code == 6
+    assert (runs.OUTPUT / "finished.json").exists()
+    assert not (runs.OUTPUT / "stopped.json").exists()
+    said = runs.train()
+    assert (said.code, "this run is finished (6 steps)" in said.out) == (0, True)
 
 
 def test_nohup_is_heeded() -> None:

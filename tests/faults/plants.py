@@ -23,9 +23,9 @@ def no_folder_sync() -> None:
 
 def metrics_unsynced() -> None:
     """A checkpoint is saved while its steps' lines of metrics are only in memory."""
-    from finetune import train
+    from finetune import state
 
-    train.sync_file = lambda path: None
+    state.sync_file = lambda path: None
 
 
 def manifest_first() -> None:

@@ -72,20 +72,20 @@ class _Chat:
         going = True
         with _on_ctrl_c(signal.SIG_IGN):
             while going:
-                try:
+                with contextlib.suppress(KeyboardInterrupt):  # one that came while another was answered
                     going = self._typed_turn()
-                except KeyboardInterrupt:
-                    self._notes.say("\n(Ctrl-D or /quit leaves)")
 
     def _typed_turn(self) -> bool:
         """A turn whose faults are told, and which Ctrl-C gives up: whatever it does, it leads back to the prompt."""
-        # Python's own handler: one written in Python fails (SystemError) where two signals reach input() together.
-        with _on_ctrl_c(signal.default_int_handler):
-            try:
+        try:
+            # Python's own handler: one written in Python fails (SystemError) where two signals reach input() together.
+            with _on_ctrl_c(signal.default_int_handler):
                 return self._turn()
-            except (DataError, OSError) as error:
-                self._notes.say(clean(str(error)))
-                return True
+        except (DataError, OSError) as error:
+            self._notes.say(clean(str(error)))
+        except KeyboardInterrupt:
+            self._notes.say("\n(Ctrl-D or /quit leaves)")
+        return True
 
     def _turn(self) -> bool:
         """Read a message and heed it. → whether another one may follow."""

@@ -5,6 +5,7 @@ Imports no torch: ``--help`` and a faulty recipe are answered before any of it l
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -15,13 +16,14 @@ import sys
 import time
 import traceback
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from finetune import __version__, datacli, hardware, judgecli, runcli, shipcli, startcli, talkcli, traincli
+from finetune import __version__, datacli, hardware, interrupts, judgecli, runcli, shipcli, startcli, talkcli, traincli
 from finetune.errors import EnvironmentFault, Fault, FinetuneError, Interrupted
 from finetune.options import AsJson, Overrides, Quiet, RecipePath, RunPath, check_recipe, print_json, terminal
 from finetune.terminal import Terminal, clean
@@ -188,7 +190,9 @@ def main_in_process(arguments: Sequence[str], ended: Callable[[], None] = lambda
         return _report(fault, as_json="--json" in arguments)
     except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
         ended()
-        return _unexpected(error, as_json="--json" in arguments)
+        if not interrupts.asked() or hasattr(error, "show"):
+            return _unexpected(error, as_json="--json" in arguments)
+        code = _CTRL_C  # a library made another error of it
     ended()
     if code == _CTRL_C:  # typer's answer to KeyboardInterrupt
         return _report(Interrupted(_STOPPED, fix=_GO_ON), as_json="--json" in arguments)
@@ -269,13 +273,19 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no × gets a ?
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    atexit.register(_deaf)  # the last one of all: what ends the interpreter is not cut either
+    signal.signal(signal.SIGTERM, interrupts.first)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job is not to hear it
+        signal.signal(signal.SIGINT, interrupts.first)
     try:
         code = main_in_process(sys.argv[1:], _deaf)
     except KeyboardInterrupt:  # outside the part that typer watches
         _deaf()
         code = _report(Interrupted(_STOPPED, fix=_GO_ON))
     code = _flushed(code)
+    # Under -m CPython ends by SIGINT, whatever code it is given, where the last text that was executed (by exec, as
+    # dataclasses are made) was cut by KeyboardInterrupt; another text, as each namedtuple is made of, takes that back.
+    namedtuple("Text", "")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
     sys.exit(code)

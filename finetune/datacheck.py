@@ -17,6 +17,7 @@ from finetune.conversation import Conversation, RowFault, strings
 from finetune.dataset import Read, Reader
 from finetune.errors import DataError
 from finetune.repeats import Met, Repeats
+from finetune.terminal import clean
 from finetune.texts import Languages
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Finding:
     fix: str
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.column + ': ' if self.column else ''}{self.message}"
+        text = f"{clean(self.where, 400)}: {self.column + ': ' if self.column else ''}{self.message}"
         return f"{self.severity}: {text}{'; ' + self.fix if self.fix else ''} [{self.code}]"
 
 
@@ -104,7 +105,10 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         found = f"{self.errors} errors, {self.severities['warning']} warnings"
         read = f" (read as {self.mapping})" if self.mapping else ""
-        return [*lines, f"{self.file}: {self.rows:,} rows, {self.trainable:,} can be trained; {found}{read}"]
+        return [
+            *lines,
+            f"{clean(self.file, 400)}: {self.rows:,} rows, {self.trainable:,} can be trained; {found}{read}",
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {

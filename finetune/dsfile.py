@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.foreign import Draft, short
+from finetune.foreign import ONE_UPDATE, Draft, short
 
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _MOST = 1_000_000
@@ -23,7 +23,7 @@ def scheduler(draft: Draft, usual: Mapping[str, str] | None = None) -> None:
     name = settings.raw("deepspeed")
     if not name:
         return
-    draft.lost("deepspeed", "a run is trained on one device; with all devices' rows in one step the update is the same")
+    draft.lost("deepspeed", ONE_UPDATE)
     kind, file = _deepspeed(draft, name, usual or {})
     asked, ours = draft.lines["train.schedule"][0], _SCHEDULERS.get(kind, "")
     if ours and ours != asked:

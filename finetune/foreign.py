@@ -19,6 +19,8 @@ _YES = ("true", "yes", "on", "y", "1")
 _NO = ("false", "no", "off", "n", "0")
 _MOST = 1e15
 _SAME = object()
+ONE_UPDATE = "a recipe names no devices (`--processes N` takes several); all rows of a step still make one update"
+"""Of what a trainer spreads over devices."""
 
 # Words of keys that no recipe has, and why; the first that fits is said.
 _REASONS = (
@@ -29,7 +31,7 @@ _REASONS = (
     (r"logging|report|run_name|wandb|mlflow|swanlab|comet|trackio|tensorboard|plot_loss|tqdm|^log_|profil|project",
      "every run writes metrics.jsonl and report.html; curves go where `tracker:` says"),
     (r"deepspeed|fsdp|ddp|device_map|parallel|^ray|local_rank|accelerator|zero_|max_memory|world_size|tpu|backend$",
-     "a run is trained on one device; with all devices' rows in one step the update is the same"),
+     ONE_UPDATE),
     (r"checkpointing|flash|attn|attention|liger|kernel|compil|tf32|low_cpu|dataloader|num_proc|num_workers|processes|"
      r"pad_to|padding|group_by_length|offload|vllm|fused|lazy|unsloth|memory|pin|use_cache|dtype|empty_cache|bf16_full",
      "it says how numbers are computed, not which: `finetune plan` chooses that and prints it"),

@@ -20,6 +20,20 @@ from finetune.timelimit import TimeLimit
 _MOMENT = 0.05
 """Seconds after which a request that was swallowed is made again."""
 _PR_SET_PDEATHSIG = 1
+_asked = False
+
+
+def first(number: int, frame: FrameType | None) -> None:
+    """The handler of Ctrl-C and SIGTERM until a run listens. A library that is being loaded may swallow what it raises,
+    or make another error of it: ``asked`` remembers."""
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt
+
+
+def asked() -> bool:
+    """Whether somebody asked this process to stop before a run listened."""
+    return _asked
 
 
 class StopRequest:
@@ -152,6 +166,8 @@ def stop_requests() -> Iterator[StopRequest]:
     former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     former_hook, sys.unraisablehook = sys.unraisablehook, request._swallowed
     try:
+        if asked():
+            raise KeyboardInterrupt
         yield request
     except KeyboardInterrupt:
         raise request.interrupted() from None

@@ -39,13 +39,16 @@ def check_recipe(recipe: Path, overrides: Sequence[str] | None) -> list[Located]
     return recipes.locate_all(recipe, overrides or ())
 
 
+_LONGEST = 366 * 24 * 3600.0
+
+
 def seconds(text: str, option: str) -> float:
     """``2h``, ``1h30m``, ``90m``, ``45s`` as seconds; anything else, and no time at all, is a fault of ``option``."""
     found = _DURATION.fullmatch(text.strip())
     parts = [float(part or 0) for part in found.groups()] if found else [0.0]
     total = sum(part * size for part, size in zip(parts, (3600, 60, 1), strict=False))
-    if not total:
-        raise typer.BadParameter("write 2h, 90m or 1h30m", param_hint=option)
+    if not 0 < total <= _LONGEST:
+        raise typer.BadParameter("write 2h, 90m or 1h30m; a year at most", param_hint=option)
     return total
 
 

@@ -35,7 +35,9 @@ _LOG_PROBS = "log_probs"
 def read(folder: RunFolder) -> dict[str, Any]:
     """The stored scores by name; empty where the file is absent or damaged."""
     stored = read_json(folder.scores)
-    return stored if isinstance(stored, dict) else {}
+    if not isinstance(stored, dict):
+        return {}
+    return {name: value for name, value in stored.items() if isinstance(value, dict)}
 
 
 def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> dict[str, Any]:

@@ -75,7 +75,10 @@ def train(
             engine=launch, processes=processes, words=tuple(words), config=launch_config, job=tuple(job or ())
         )
         if dry_run:
-            typer.echo(shlex.join(order.command(limit)))
+            if as_json:
+                print_json({"command": order.command(limit)})
+            else:
+                typer.echo(shlex.join(order.command(limit)))
             return
         raise typer.Exit(pipeline.launch(recipe, set_ or (), screen, order, limit))
     if processes > 1:

@@ -184,6 +184,14 @@ def _mutated(rng: random.Random, data: bytes) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
+def test_a_files_name_reaches_no_terminal_raw(tmp_path: Path) -> None:
+    path = tmp_path / "\x1b[31m\n.jsonl"
+    path.write_text(json.dumps(chat("q", "r")) + "\n{}\n")
+    lines = report(path).lines()
+    assert len(lines) > 1
+    assert not any("\x1b" in line or "\n" in line for line in lines)
+
+
 def test_two_thousand_mutations_end_in_an_answer(tmp_path: Path) -> None:
     """No traceback, no hang; where nothing is found the rows are those that training reads."""
     rng = random.Random(5)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,50 @@ def test_a_swallowed_request_is_made_again(capfd: pytest.CaptureFixture[str]) ->
     assert time.monotonic() - began < 9
     assert capfd.readouterr().err == ""
     assert sys.unraisablehook is hook
+
+
+IN_FRONT = """
+import signal, sys
+from finetune import cli, pipeline, recipe
+sys.argv[0] = "finetune"
+"""
+SWALLOWED = """
+def plan(*given, **more):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise ModuleNotFoundError("no such part") from None
+pipeline.plan = plan
+"""
+FORGOTTEN = """
+real = pipeline.train
+def train(*given, **more):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        return real(*given, **more)
+pipeline.train = train
+"""
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        ("recipe.schema = lambda: exec('signal.raise_signal(signal.SIGTERM)')", ("schema",)),  # dataclasses do that
+        (SWALLOWED, ("plan", "r.yaml")),
+        (FORGOTTEN, ("train", "r.yaml")),
+    ],
+    ids=["cut in a text that is executed", "made another error of", "swallowed"],
+)
+def test_a_request_while_libraries_load_is_answered(work: Path, planted: str, words: Sequence[str]) -> None:
+    """Whatever a library makes of it; run with -m, where CPython may end by SIGINT in place of the code it is given."""
+    Path("front.py").write_text(f"{IN_FRONT}{planted}\ncli.main()\n")
+    command = [sys.executable, "-m", "front", *words]
+    done = subprocess.run(command, env=runs.ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.startswith("interrupted: ")
+    assert "Traceback" not in done.stderr
+    assert not (runs.OUTPUT / "finished.json").exists()
 
 
 def test_helpers_are_out_of_reach() -> None:

@@ -374,6 +374,8 @@ def test_a_dry_run_prints_the_command(work: Path) -> None:
         "torchrun --nnodes=1 --nproc-per-node=4 --master-addr=127.0.0.1 --master-port=29500 --max-restarts=0 "
         "--shutdown-timeout=120 -m finetune train r.yaml --set train.steps=9 --until 3 --world 4\n"
     )
+    as_json = finetune("train", "r.yaml", "--processes", "4", "--dry-run", "--json").out
+    assert json.loads(as_json)["command"][:3] == ["torchrun", "--nnodes=1", "--nproc-per-node=4"]
     assert finetune("train", "r.yaml", "--launch", "accelerate", "--processes", "2", "--dry-run").out.startswith(
         "accelerate launch --multi_gpu --num_machines=1 --num_processes=2"
     )

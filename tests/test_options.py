@@ -91,7 +91,7 @@ def test_a_time_is_read(text: str, seconds: float) -> None:
     assert options.seconds(text, "--budget") == seconds
 
 
-@pytest.mark.parametrize("text", ["", "2", "0m", "-1h", "2h!", "1m1h"])
+@pytest.mark.parametrize("text", ["", "2", "0m", "-1h", "2h!", "1m1h", "99999999999h"])
 def test_what_is_no_time_is_told(text: str) -> None:
     said = finetune("train", "r.yaml", "--max-time", text)
     assert said.code == 2

@@ -58,6 +58,7 @@ class StopRequest:
         """Between two steps: ask to stop where there is no time for another one like it."""
         if self._limit and not self._limit.allows(seconds):
             self._time_is_up()
+            signal.setitimer(signal.ITIMER_REAL, 0)  # it must not come once more while the stopped run closes
 
     def saved(self, seconds: float) -> None:
         """A save took so long, which is kept back for the last one."""

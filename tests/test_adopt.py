@@ -207,7 +207,7 @@ def test_files_are_found_from_the_settings_folder(place: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("key", "word"),
-    [("push_to_hub", "finetune push"), ("deepspeed", "one device"), ("dataloader_num_workers", "finetune plan"),
+    [("push_to_hub", "finetune push"), ("deepspeed", "names no devices"), ("dataloader_num_workers", "finetune plan"),
      ("hub_token", "publishing"), ("wandb_project", "tracker"), ("something_else", "no such choice")],
 )  # fmt: skip
 def test_reasons(key: str, word: str) -> None:

@@ -190,7 +190,7 @@ def main_in_process(arguments: Sequence[str], ended: Callable[[], None] = lambda
         return _report(fault, as_json="--json" in arguments)
     except Exception as error:  # noqa: BLE001 — the last line of defence: a user never sees a traceback
         ended()
-        if not interrupts.asked() or hasattr(error, "show"):
+        if not interrupts.asked():
             return _unexpected(error, as_json="--json" in arguments)
         code = _CTRL_C  # a library made another error of it
     ended()

@@ -202,7 +202,7 @@ def test_two_thousand_mutations_end_in_an_answer(tmp_path: Path) -> None:
         path.write_bytes(_mutated(rng, good))
         began = time.monotonic()
         errors = report(path).errors
-        assert time.monotonic() - began < 30  # no hang; a crowded machine is no fault
+        assert time.monotonic() - began < 2
         try:
             read_rows(path, special_tokens=datacheck.CONTROL)
             assert errors == 0

@@ -319,6 +319,7 @@ def test_a_job_in_shards_is_killed_and_stopped_and_ends_with_the_bits_of_whole_b
     killed(1, after=3, overrides=shards)
     assert kept() == len(_lines())
     asked_to_stop(1, after=len(_lines()) + 3, overrides=shards)
+    killed(0, after=len(_lines()) + 3, overrides=shards)
     done = launched("--processes", "2", overrides=SLOW)  # that each held its part is no part of the run
     assert done.code == 0, done.err
     assert runs.adapter_digest() == slow

@@ -212,7 +212,7 @@ def test_two_hundred_long_runs_take_less_than_a_second(tmp_path: Path) -> None:
     done = process(code, str(tmp_path))
     count, seconds, torch = done.stdout.split()
     assert (int(count), torch) == (201, "False"), done.stderr
-    assert float(seconds) < 3  # of a processor; 0.13 on an idle machine
+    assert float(seconds) < 1  # 0.13 s on an idle machine
 
 
 def test_watching_without_a_terminal_prints_the_table_again_under_the_time(finished: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_run_stops_in_time_and_goes_on_with_the_same_bits(work: Path) -> None:
     warm()
     began = time.monotonic()
     said = runs.train(*LONG, options=["--max-time", "8s"])
-    assert time.monotonic() - began < 8 + 2  # a crowded machine may stop the clock
+    assert time.monotonic() - began < 8
     assert said.code == 6, said.err
     found = re.search(
         r"stopped before its 8s were over; step (\d+) of 5000 is saved in runs/one; the same comm", said.err

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune import bootstrap
 from finetune.kernels.cross_entropy import wide
 from finetune.objectives import reward, sft
 
@@ -23,14 +22,11 @@ if TYPE_CHECKING:
     from finetune.dataset import Example
     from finetune.model import Policy
     from finetune.objectives import Batch
-    from finetune.terminal import Terminal
 
 MEAN_KL = {"replayed": 1e-3, "original": 0.1, "corrected": 0.1}
 """The bounds. Into the published weights of a 4-bit run the model moves by design; then only nonsense is refused."""
 UNUSABLE = "config.json.unusable"
 POSITIONS = 512
-_CHANCE = 0.01
-"""How likely answers as far apart as these are between equal models, below which the models are not equal."""
 _TOKENS = 4096
 
 
@@ -137,24 +133,6 @@ def _rewards_compared(live: torch.Tensor, merged: torch.Tensor, bound: float) ->
         mean_kl=mean, max_kl=most, agreement=float(alike.double().mean()), positions=len(live), bound=bound,
         apart=float(apart.max()),
     )  # fmt: skip
-
-
-def rows_apart(gains: Sequence[int], terminal: Terminal) -> str:
-    """Why a merged model's answers are not the live one's; empty where chance explains the difference.
-
-    ``gains``: for each row 1 where only the merged model is right, -1 where only the live one is, else 0. In bf16
-    rounding alone turns a few close answers, as often for the better as for the worse; a fault has a side.
-    """
-    turned = sum(map(bool, gains))
-    if turned:
-        better, worse = gains.count(1), gains.count(-1)
-        terminal.say(f"{turned} of {len(gains)} rows turned, {better} for the better and {worse} for the worse")
-    if abs(sum(gains)) <= max(1, len(gains) // 200):
-        return ""
-    chance = bootstrap.paired(gains, [1.0] * len(gains)).chance
-    if chance >= _CHANCE:
-        return ""
-    return f"the merged model answers {turned} of {len(gains)} rows otherwise, {chance:.2%} likely by chance"
 
 
 def mark_unusable(folder: Path) -> None:

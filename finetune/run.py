@@ -204,6 +204,14 @@ class Run:
         if known is not None:
             known.append((held_out, self.how(), judged))
 
+    def right(self, policy: Policy) -> int:
+        """How many held-out questions a policy answers right."""
+        held_out, how = self.prepared.held_out, replace(self.how(), metrics=("exact_match",))
+        assert held_out is not None
+        bar = Progress(self.terminal, "judging again: answers")
+        found = evaluate.judge(policy, held_out, how, progress=lambda what, done, of: bar(done, of))
+        return round(float(found.scores["exact_match"]) * len(held_out.questions))
+
     def origin(self) -> list[float] | Taught | None:
         """What the held-out rows are compared with: the reference's log-probabilities of their texts, from the
         judgement before the first step, or what the teacher said of them; None where that is not known."""

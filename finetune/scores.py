@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from finetune import evals
 from finetune import metrics as steplog
 from finetune.errors import EnvironmentFault
-from finetune.evals.exact_match import is_right
 from finetune.runfolder import RunFolder, read_json, write_atomic, write_json
 from finetune.terminal import clean
 
@@ -58,16 +57,6 @@ def record(folder: RunFolder, name: str, judged: Judged, held_out: HeldOut) -> d
     scores[name] = judged.scores
     write_json(folder.scores, scores)
     return scores
-
-
-def gains(folder: RunFolder, first: str, second: str) -> list[int]:
-    """For each row that both judgements answered: 1 where only the second is right, -1 where only the first is, 0."""
-    found = []
-    for row in _stored(folder.samples):
-        if {"expected", first, second} <= row.keys():
-            one, two = (is_right(row["expected"], row[name]) for name in (first, second))
-            found.append(int(two) - int(one))
-    return found
 
 
 def copy(folder: RunFolder, name: str, to: str) -> None:

@@ -21,6 +21,19 @@ from tests.runs import MERGED, OUTPUT, awake, finetune, merge_run
 Build = Callable[..., Path]
 
 
+@pytest.mark.parametrize(("compute", "code"), [("bf16", 0), ("fp32", 1)])
+def test_rows_that_turn_in_bf16_are_asked_again_in_fp32(work: Path, compute: str, code: int) -> None:
+    """The live model's score of before is falsified: in fp32 already there is nothing more exact to ask."""
+    assert runs.train(f"quantize.compute={compute}").code == 0
+    scores = json.loads((OUTPUT / "scores.json").read_text())
+    scores["after"]["exact_match"] = 1.0 - round(scores["after"]["exact_match"])
+    (OUTPUT / "scores.json").write_text(json.dumps(scores))
+    said = merge_run()
+    assert said.code == code, said.err
+    assert ("rows apart in bf16" in said.out) == (compute == "bf16")
+    assert ("answers 4 of 4 rows differently" in said.err) == (compute == "fp32")
+
+
 def test_the_merged_folder_is_whole(finished: Path) -> None:
     before = runs.snapshot(finished / "base")
     said = merge_run()

@@ -319,7 +319,7 @@ def test_ctrl_c_at_any_moment_leads_back_to_the_prompt(screen: list[Screen]) -> 
     one.wait_for("> ")
     for number in range(60):
         one.type(("/help\n", "hello\n", "", "/nonsense\n")[number % 4])
-        time.sleep(0.01 + 0.01 * (number % 7))
+        time.sleep(0.01 + 0.01 * (number % 7))  # each signal meets another moment; nothing is waited for
         one.interrupt()
     one.until(lambda: one.type("/temperature warm\n"), "give a number")
     one.until(lambda: one.type("\n/quit\n"), "/quit")
